@@ -1,0 +1,335 @@
+"""The loss of a language model, one sum per example and one number per token, in chunks.
+
+A loss of this library is any callable ``loss_fn(model, batch) -> (n,)``. The one here also offers what the engine uses
+when it is there: ``token_losses``, ``loss_tokens``, ``sampled`` and ``kind``.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from gradsift.kernels.errors import DataError, ShapeError
+
+__all__ = ["IGNORE", "LanguageModelLoss", "counter_uniform", "language_model"]
+
+IGNORE = -100
+"""The label of a token that carries no loss."""
+
+_CHUNK_NUMBERS = 1 << 24
+"""Logits that are upcast at a time: 64 MiB of float32."""
+
+_NOT_FOR_THE_MODEL = frozenset({"ids", "segments", "labels"})
+
+
+class LanguageModelLoss:
+    """Cross-entropy of the next token, summed over each example's counted labels.
+
+    A batch holds ``input_ids`` of shape (n, T) and, if wanted, ``attention_mask``, ``labels`` (-100: no loss; without
+    labels every attended token counts) and any other tensor that the model's forward takes. Causal models predict
+    label t from position t - 1; for encoder-decoders (``model.config.is_encoder_decoder``) labels line up with the
+    decoder's positions and ``decoder_input_ids`` are made by the model unless given. A packed batch is one row of
+    tokens with ``segments``, its n + 1 offsets: the shift never crosses them, and ``position_ids`` that restart at
+    each of them are added unless given (a 2-D attention mask cannot separate documents and is left out).
+
+    Memory: logits stay in the model's dtype; float32 copies are made 64 MiB at a time, forwards and backwards.
+    Both derivative modes work, so the loss can be differentiated by ``backward`` and by ``torch.func.jvp``.
+    """
+
+    kind = "language_model"
+
+    def __call__(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        """Sum of the token losses of each example, float32 (float64 for a float64 model) of shape (n,)."""
+        logits, labels, segments = _predictions(model, batch)
+        return _per_example(_cross_entropy(logits, labels), segments)
+
+    def token_losses(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        """Loss of each token at its own place, 0 where there is none.
+
+        Returns:
+            shape (n, T), lined up with ``input_ids`` for causal models (position 0 is 0) and with ``labels`` for
+            encoder-decoders. A packed row comes back as its n documents, padded with zeros to the longest.
+        """
+        logits, labels, segments = _predictions(model, batch)
+        losses = _cross_entropy(logits, labels)
+        if not _is_encoder_decoder(model):
+            losses = functional.pad(losses[:, :-1], (1, 0))
+        if segments is None:
+            return losses
+        lengths = np.diff(segments).tolist()
+        longest = max(lengths, default=0)
+        return torch.stack([functional.pad(p, (0, longest - len(p))) for p in losses[0].split(lengths)])
+
+    def loss_tokens(self, batch: Mapping[str, Any]) -> Tensor:
+        """Labels that count, per example: int64 of shape (n,), on the CPU.
+
+        A batch is taken for an encoder-decoder's when it has a ``decoder_*`` key, or labels of another shape than
+        ``input_ids``; then its first label counts too.
+        """
+        segments = _segments(batch)
+        labels = _labels(batch).cpu()
+        aligned = any(k.startswith("decoder_") for k in batch) or labels.shape != batch["input_ids"].shape
+        counted = (labels if aligned else _shift(labels, segments)) != IGNORE
+        return _per_example(counted.to(torch.int64), segments)
+
+    def sampled(self, model: nn.Module, batch: Mapping[str, Any], seeds: Sequence[int]) -> Tensor:
+        """Loss of labels drawn from the model's own softmax at the counted positions.
+
+        Its gradients are draws whose second moment is the true Fisher information. The label of an example's j-th
+        counted token is drawn by inverse CDF with ``counter_uniform(seed, j)``: the same for any batch and padding.
+
+        Args:
+            seeds: n integers, one per example.
+
+        Returns:
+            shape (n,), differentiable through the loss and not through the draw.
+        """
+        logits, labels, segments = _predictions(model, batch)
+        drawn = _draw(logits.detach(), labels, segments, seeds)
+        return _per_example(_cross_entropy(logits, drawn), segments)
+
+
+language_model = LanguageModelLoss()
+"""The loss to pass as ``loss_fn`` for any causal or encoder-decoder language model."""
+
+
+def counter_uniform(seeds: np.ndarray, counters: np.ndarray) -> np.ndarray:
+    """One uniform number in [0, 1) for each (seed, counter), by a 64-bit mix of both and nothing else.
+
+    Args:
+        seeds: integers, taken modulo 2**64.
+        counters: non-negative integers, of a shape that broadcasts with ``seeds``.
+
+    Returns:
+        float64, 53 random bits each.
+
+    Source: Steele et al. 2014 (SplitMix64).
+    """
+    golden = np.uint64(0x9E3779B97F4A7C15)
+    return (
+        _mix64(_mix64(seeds.astype(np.uint64)) + counters.astype(np.uint64) * golden) >> np.uint64(11)
+    ) * 2.0**-53
+
+
+def _mix64(x: np.ndarray) -> np.ndarray:
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _predictions(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, np.ndarray | None]:
+    """Run the model: logits (n, T, V), and for each position the label that it predicts (n, T), -100 for none."""
+    segments = _segments(batch)
+    labels = _labels(batch)
+    encoder_decoder = _is_encoder_decoder(model)
+    if encoder_decoder and "labels" not in batch:
+        raise DataError(
+            "the model is an encoder-decoder but the batch has no labels: give the target tokens as labels"
+        )
+    if encoder_decoder and segments is not None:
+        raise DataError(
+            "a packed batch (segments) needs a causal model, and this one is an encoder-decoder: pad instead"
+        )
+    device = next(model.parameters()).device
+    inputs = {
+        k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor) and k not in _NOT_FOR_THE_MODEL
+    }
+    if segments is not None:
+        if inputs.get("attention_mask", torch.empty(0)).ndim == 2:
+            del inputs["attention_mask"]
+        if "position_ids" not in inputs:
+            starts = np.repeat(segments[:-1], np.diff(segments))
+            inputs["position_ids"] = torch.from_numpy(np.arange(len(starts)) - starts)[None].to(device)
+    if encoder_decoder and "decoder_input_ids" not in inputs:
+        prepare = _find(model, lambda m: getattr(m, "prepare_decoder_input_ids_from_labels", None))
+        if prepare is None:
+            raise DataError(
+                f"{type(model).__name__} cannot make decoder_input_ids from labels: put them in the batch"
+            )
+        inputs["decoder_input_ids"] = prepare(labels.to(device))
+    if _takes(model, "use_cache"):
+        inputs["use_cache"] = False
+    logits = _logits(model(**inputs))
+    labels = labels.to(logits.device)
+    target = labels if encoder_decoder else _shift(labels, segments)
+    if logits.shape[:-1] != target.shape:
+        raise ShapeError(
+            f"the model gave logits of shape {tuple(logits.shape)} for labels of shape {tuple(target.shape)}: "
+            "expected one row of logits per label"
+        )
+    return logits, target, segments
+
+
+def _logits(output: Any) -> Tensor:
+    if isinstance(output, Tensor):
+        return output
+    logits = getattr(output, "logits", None)
+    if logits is None and isinstance(output, tuple):
+        logits = output[0]
+    if not isinstance(logits, Tensor):
+        raise ShapeError(
+            f"the model returned {type(output).__name__} without logits: expected a language model's head"
+        )
+    return logits
+
+
+def _labels(batch: Mapping[str, Any]) -> Tensor:
+    labels = batch.get("labels")
+    if labels is None:
+        labels = batch["input_ids"]
+        mask = batch.get("attention_mask")
+        if mask is not None and mask.shape == labels.shape:
+            labels = labels.masked_fill(mask == 0, IGNORE)
+    if labels.ndim != 2:
+        raise ShapeError(f"labels have shape {tuple(labels.shape)}, expected (examples, tokens)")
+    return labels  # type: ignore[no-any-return]
+
+
+def _segments(batch: Mapping[str, Any]) -> np.ndarray | None:
+    segments = batch.get("segments")
+    if segments is None:
+        return None
+    offsets = np.asarray(segments.cpu() if isinstance(segments, Tensor) else segments, dtype=np.int64)
+    shape = tuple(batch["input_ids"].shape)
+    if len(shape) != 2 or shape[0] != 1:
+        raise ShapeError(f"packed input_ids have shape {shape}, expected (1, tokens)")
+    if (
+        offsets.ndim != 1
+        or len(offsets) < 2
+        or offsets[0] != 0
+        or offsets[-1] != shape[1]
+        or (np.diff(offsets) < 0).any()
+    ):
+        raise ShapeError(
+            f"segments are {offsets.tolist()}, expected non-decreasing offsets from 0 to {shape[1]}"
+        )
+    return offsets
+
+
+def _shift(labels: Tensor, segments: np.ndarray | None) -> Tensor:
+    """Labels moved to the position that predicts them, never across a document's border."""
+    shifted = functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
+    if segments is not None:
+        ends = segments[1:][np.diff(segments) > 0] - 1
+        shifted[0, torch.from_numpy(ends).to(labels.device)] = IGNORE
+    return shifted
+
+
+def _per_example(tokens: Tensor, segments: np.ndarray | None) -> Tensor:
+    if segments is None:
+        return tokens.sum(dim=1)
+    return torch.stack([part.sum() for part in tokens[0].split(np.diff(segments).tolist())])
+
+
+def _draw(logits: Tensor, labels: Tensor, segments: np.ndarray | None, seeds: Sequence[int]) -> Tensor:
+    """Labels (n, T) sampled from the softmax where a label counts, -100 elsewhere."""
+    counted = (labels != IGNORE).cpu().numpy()
+    seed = np.array([int(s) & (1 << 64) - 1 for s in seeds], dtype=np.uint64)
+    examples = len(labels) if segments is None else len(segments) - 1
+    if len(seed) != examples:
+        raise ShapeError(f"got {len(seed)} seeds for {examples} examples: give one per example")
+    if segments is None:
+        row, ordinal = seed[:, None], counted.cumsum(1) - 1
+    else:
+        lengths = np.diff(segments)
+        before = np.concatenate([[0], counted[0].cumsum()])[segments[:-1]]
+        row, ordinal = np.repeat(seed, lengths)[None], counted.cumsum(1) - 1 - np.repeat(before, lengths)
+    uniform = torch.from_numpy(counter_uniform(row, np.where(counted, ordinal, 0))).to(logits.device).view(-1)
+    flat = logits.reshape(-1, logits.shape[-1])
+    drawn = torch.full((len(flat),), IGNORE, device=logits.device)
+    for rows in _chunks(labels.reshape(-1), flat.shape[-1]):
+        # Float64 sums: a float32 running sum over 10^5 tokens would shift the draws of the rare ones.
+        cdf = _upcast(flat[rows]).softmax(-1).cumsum(-1, dtype=torch.float64)
+        place = torch.searchsorted(cdf, uniform[rows, None] * cdf[:, -1:], right=True)
+        drawn[rows] = place.squeeze(-1).clamp_(max=flat.shape[-1] - 1)
+    return drawn.view(labels.shape)
+
+
+def _upcast(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _chunks(labels: Tensor, vocabulary: int) -> list[Tensor | slice]:
+    """The positions that carry loss, in runs that are upcast together."""
+    step = max(1, _CHUNK_NUMBERS // vocabulary)
+    counted = labels != IGNORE
+    if bool(counted.all()):
+        return [slice(i, i + step) for i in range(0, len(labels), step)]
+    return list(counted.nonzero().squeeze(1).split(step)) if bool(counted.any()) else []
+
+
+class _TokenLosses(torch.autograd.Function):
+    """logsumexp(logits) - logits[label] per row, upcast chunk by chunk; the softmax is made again on the way back."""
+
+    @staticmethod
+    def forward(logits: Tensor, labels: Tensor) -> Tensor:  # type: ignore[override]
+        """Losses of shape (rows,) for logits (rows, vocabulary), 0 where the label is -100."""
+        losses = logits.new_zeros(len(logits), dtype=torch.promote_types(logits.dtype, torch.float32))
+        for rows in _chunks(labels, logits.shape[-1]):
+            losses[rows] = functional.cross_entropy(_upcast(logits[rows]), labels[rows], reduction="none")
+        return losses
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:  # type: ignore[override]
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        """(softmax - one_hot(label)) * grad."""
+        logits, labels = ctx.saved_tensors
+        out = torch.zeros_like(logits)
+        for rows in _chunks(labels, logits.shape[-1]):
+            slope = _upcast(logits[rows]).softmax(-1)
+            slope = slope.scatter_add(1, labels[rows, None], slope.new_full((len(slope), 1), -1.0))
+            out[rows] = (slope * grad[rows, None]).to(out.dtype)
+        return out, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:  # type: ignore[override]
+        """<softmax, tangent> - tangent[label]."""
+        logits, labels = ctx.saved_tensors
+        out = logits.new_zeros(len(logits), dtype=torch.promote_types(logits.dtype, torch.float32))
+        for rows in _chunks(labels, logits.shape[-1]):
+            step = _upcast(tangent[rows])
+            mean = (_upcast(logits[rows]).softmax(-1) * step).sum(-1)
+            out[rows] = mean - step.gather(1, labels[rows, None]).squeeze(1)
+        return out
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Loss of each position, shape (n, T)."""
+    flat = logits.reshape(-1, logits.shape[-1])
+    losses: Tensor = _TokenLosses.apply(flat, labels.reshape(-1))
+    return losses.view(labels.shape)
+
+
+def _is_encoder_decoder(model: nn.Module) -> bool:
+    config = _find(model, lambda m: getattr(m, "config", None))
+    return bool(getattr(config, "is_encoder_decoder", False))
+
+
+def _takes(model: nn.Module, argument: str) -> bool:
+    """Whether the innermost model's forward names this argument: wrappers only say **kwargs."""
+    return bool(_find(model, lambda m: argument in inspect.signature(m.forward).parameters))
+
+
+def _find(model: Any, what: Callable[[Any], Any]) -> Any:
+    """The first true answer along model, its wrapped model (DDP, compile, PEFT), and so on inwards."""
+    seen: set[int] = set()
+    while isinstance(model, nn.Module) and id(model) not in seen:
+        answer = what(model)
+        if answer:
+            return answer
+        seen.add(id(model))
+        inner = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
+        get_base = getattr(model, "get_base_model", None)
+        model = inner or (get_base() if callable(get_base) else None)
+    return None
