@@ -1,0 +1,1 @@
+"""Sketch kernels: the Triton kernels and their torch references; nothing above torch and triton."""

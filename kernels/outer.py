@@ -1,0 +1,244 @@
+"""Per-example weight gradients of one linear map, sketched: out[n] += S vec(sum_t g_t x_t^T).
+
+With x (tokens, q), g (tokens, p) and example n owning the tokens segments[n]..segments[n + 1], the gradient
+of the parameter W (p, q) in y = x W^T is G_n = sum_t g_t x_t^T. No backend holds more than a bounded number
+of G_n at once (torch up to 64 MiB of them or one, Triton up to 32 MiB or one).
+
+Accumulation: float32 (float64 for float64 operands), never TF32 or bfloat16, also inside autocast.
+Determinism: on the CPU the same call gives the same bits at the same thread count; on a GPU the default
+backend gives an example the same bits whatever batch it stands in.
+Source: Charikar et al. 2002 (CountSketch); Kane & Nelson 2014 (SJLT).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from gradsift.kernels.errors import BackendError, ShapeError
+from gradsift.kernels.hashing import buckets_and_signs, matrix_shape
+from gradsift.kernels.sketch import identity_offset
+from gradsift.kernels.spec import SketchSpec
+
+__all__ = ["BACKENDS", "sketch_outer"]
+
+BACKENDS = ("auto", "torch", "triton", "triton-atomic")
+
+_CHUNK = 1 << 24
+"""Gradient entries that the torch path holds at once: 64 MiB of float32."""
+
+_LOW_PRECISION = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def sketch_outer(
+    x: Tensor,
+    g: Tensor,
+    segments: Tensor | Sequence[int] | None,
+    spec: SketchSpec,
+    *,
+    name: str,
+    shape: tuple[int, ...],
+    out: Tensor | None = None,
+    sqnorm: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Add the sketch of every example's weight gradient of one linear map.
+
+    ``out[n, :] += S vec(sum over tokens t of example n of g_t x_t^T)``, S drawn from spec and `name`.
+
+    Args:
+        x: input activations, shape (tokens, q), or (n, T, q) when every example has T tokens; any strides;
+            fp32, fp16, bf16 or (torch path) fp64. The torch path upcasts copies of fp16 and bf16.
+        g: loss gradients at the map's output, shape (tokens, p) or (n, T, p).
+        segments: offsets of the examples in the tokens, shape (n + 1,), non-decreasing from 0 to tokens;
+            None for 3-d operands. Offsets in a list or on the CPU are read without waiting for a GPU.
+        spec: the projection; an identity spec must be bound to the parameter.
+        name: the parameter's canonical name.
+        shape: the parameter's own full shape, p * q numbers in row-major order of G.
+        out: shape (n, dim), float32 (or float64 on the torch path); allocated as zeros when None.
+        sqnorm: shape (n,), float32 or float64; receives ``+= |G_n|^2``, exact: before the sketch.
+        backend: "auto" is Triton for GPU tensors and torch elsewhere; "torch"; "triton"; or "triton-atomic",
+            which saves a launch and is not bit-reproducible.
+
+    Returns:
+        out.
+
+    Raises:
+        ShapeError: operands, segments, shape, out or sqnorm do not fit each other.
+        BackendError: the backend named cannot run these tensors here.
+    """
+    x, g, offsets = _validate(x, g, segments, name, shape)
+    n = x.shape[0] if offsets is None else len(offsets) - 1
+    if out is None:
+        out = torch.zeros(n, spec.dim, dtype=torch.float32, device=x.device)
+    _validate_outputs(out, sqnorm, n, spec, name, x.device)
+    kind = _choose(backend, x, g, spec, out)
+    if n == 0 or x.numel() == 0 or g.numel() == 0:
+        return out
+    if kind == "torch":
+        with torch.no_grad(), _full_precision(x.device.type):
+            _sketch_outer_torch(x, g, offsets, spec, name, shape, out, sqnorm)
+        return out
+    from gradsift.kernels.outer_triton import sketch_outer_triton  # here: triton is loaded only when it runs
+
+    sketch_outer_triton(x, g, offsets, spec, name, shape, out, sqnorm, atomic=kind == "triton-atomic")
+    return out
+
+
+def _validate(
+    x: Tensor, g: Tensor, segments: Tensor | Sequence[int] | None, name: str, shape: tuple[int, ...]
+) -> tuple[Tensor, Tensor, tuple[int, ...] | None]:
+    """Operands as (n, T, d) with offsets None, or as (tokens, d) with offsets."""
+    if x.ndim not in (2, 3) or x.shape[:-1] != g.shape[:-1] or x.device != g.device:
+        raise ShapeError(
+            f"{name}: x is {_words(x)} and g is {_words(g)}, expected (tokens, d) or (n, T, d) with the same "
+            "tokens on the same device"
+        )
+    p, q = g.shape[-1], x.shape[-1]
+    rows, columns = matrix_shape(tuple(shape)) if shape else (0, 0)
+    if (rows, columns) != (p, q) and not (1 in (p, q) and rows == 1 and columns == p * q):
+        raise ShapeError(
+            f"{name}: g of width {p} and x of width {q} make a ({p}, {q}) gradient but the parameter has "
+            f"shape {tuple(shape)}: swap x and g if its weight is stored transposed"
+        )
+    if segments is None:
+        if x.ndim == 2:
+            raise ShapeError(
+                f"{name}: x of shape {tuple(x.shape)} does not say which token is whose: give segments, or "
+                "operands of shape (n, T, d)"
+            )
+        return x, g, None
+    if x.ndim == 3:
+        x, g = x.flatten(0, 1), g.flatten(0, 1)
+    offsets = tuple(segments.tolist()) if isinstance(segments, Tensor) else tuple(segments)
+    _validate_offsets(offsets, x.shape[0], name)
+    length = offsets[1] if len(offsets) > 1 else 0
+    if length and all(o == i * length for i, o in enumerate(offsets)):
+        n = len(offsets) - 1
+        return x.unflatten(0, (n, length)), g.unflatten(0, (n, length)), None
+    return x, g, offsets
+
+
+def _validate_offsets(offsets: tuple[int, ...], tokens: int, name: str) -> None:
+    if not offsets or offsets[0] != 0 or offsets[-1] != tokens:
+        ends = f"from {offsets[0]} to {offsets[-1]}" if offsets else "nothing"
+        raise ShapeError(
+            f"{name}: segments cover {ends} but there are {tokens} tokens: they must run from 0 to {tokens}"
+        )
+    for i in range(len(offsets) - 1):
+        if offsets[i + 1] < offsets[i]:
+            raise ShapeError(
+                f"{name}: segments decrease from {offsets[i]} to {offsets[i + 1]} at example {i}: "
+                "sort the offsets"
+            )
+
+
+def _validate_outputs(
+    out: Tensor, sqnorm: Tensor | None, n: int, spec: SketchSpec, name: str, device: torch.device
+) -> None:
+    if out.shape != (n, spec.dim) or out.dtype not in (torch.float32, torch.float64) or out.device != device:
+        raise ShapeError(
+            f"{name}: out is {_words(out)}, expected float32 of shape ({n}, {spec.dim}) on {device}"
+        )
+    if sqnorm is not None and (
+        sqnorm.shape != (n,) or sqnorm.dtype not in (torch.float32, torch.float64) or sqnorm.device != device
+    ):
+        raise ShapeError(f"{name}: sqnorm is {_words(sqnorm)}, expected float32 of shape ({n},) on {device}")
+
+
+def _words(t: Tensor) -> str:
+    return f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)} on {t.device}"
+
+
+def _choose(backend: str, x: Tensor, g: Tensor, spec: SketchSpec, out: Tensor) -> str:
+    """The backend that runs; an explicit one is never replaced."""
+    if backend not in BACKENDS:
+        raise BackendError(f"backend is {backend!r}, expected one of {', '.join(map(repr, BACKENDS))}")
+    cause = None
+    if spec.kind == "identity":
+        cause = "an identity sketch has no kernel"
+    elif x.dtype not in _LOW_PRECISION or g.dtype not in _LOW_PRECISION or out.dtype != torch.float32:
+        cause = f"there is no kernel from {x.dtype} and {g.dtype} into {out.dtype}"
+    if backend == "auto":
+        return "triton" if x.is_cuda and cause is None else "torch"
+    if backend != "torch" and cause is not None:
+        raise BackendError(f"backend {backend!r} cannot run this call ({cause}): use backend='auto'")
+    return backend
+
+
+@contextmanager
+def _full_precision(device_type: str) -> Iterator[None]:
+    """Neither autocast nor TF32 nor bfloat16 inside float32 products; the settings are put back."""
+    with ExitStack() as stack:
+        if torch.is_autocast_enabled(device_type):
+            stack.enter_context(torch.autocast(device_type, enabled=False))
+        products = torch.backends.cuda.matmul if device_type == "cuda" else torch.backends.mkldnn.matmul
+        if hasattr(products, "fp32_precision"):
+            before = products.fp32_precision
+            if before not in ("none", "ieee"):
+                products.fp32_precision = "ieee"
+                stack.callback(setattr, products, "fp32_precision", before)
+        elif (mode := torch.get_float32_matmul_precision()) != "highest":  # torch < 2.9
+            torch.set_float32_matmul_precision("highest")
+            stack.callback(torch.set_float32_matmul_precision, mode)
+        yield
+
+
+def _sketch_outer_torch(
+    x: Tensor,
+    g: Tensor,
+    offsets: tuple[int, ...] | None,
+    spec: SketchSpec,
+    name: str,
+    shape: tuple[int, ...],
+    out: Tensor,
+    sqnorm: Tensor | None,
+) -> None:
+    """G by matrix products, a bounded number of examples at a time, then their sketch at once."""
+    dtype = torch.float64 if torch.float64 in (x.dtype, g.dtype) else torch.float32
+    p, q = g.shape[-1], x.shape[-1]
+    n = out.shape[0]
+    step = max(1, _CHUNK // (p * q))
+    for first in range(0, n, step):
+        last = min(n, first + step)
+        if offsets is None:
+            gt = g[first:last].transpose(1, 2).to(dtype)
+            grad = torch.bmm(gt, x[first:last].to(dtype))
+        else:
+            grad = torch.empty(last - first, p, q, dtype=dtype, device=x.device)
+            for i in range(first, last):
+                rows = slice(offsets[i], offsets[i + 1])
+                torch.mm(g[rows].t().to(dtype), x[rows].to(dtype), out=grad[i - first])
+        _add_sketch(grad.view(last - first, p * q), spec, name, shape, out[first:last], sqnorm, first)
+
+
+def _add_sketch(
+    grad: Tensor,
+    spec: SketchSpec,
+    name: str,
+    shape: tuple[int, ...],
+    out: Tensor,
+    sqnorm: Tensor | None,
+    first: int,
+) -> None:
+    """Norms and sketch of gradients that nobody else holds: they are overwritten."""
+    if sqnorm is not None:
+        sqnorm[first : first + len(grad)] += torch.linalg.vector_norm(grad, dim=1).square()
+    if spec.kind == "identity":
+        offset = identity_offset(spec, name, shape)
+        out[:, offset : offset + grad.shape[1]] += grad
+        return
+    bucket, sign = _on_device(spec, name, tuple(shape), grad.device)
+    out.index_add_(1, bucket, grad.mul_(sign).to(out.dtype))
+
+
+@lru_cache(maxsize=4096)
+def _on_device(
+    spec: SketchSpec, name: str, shape: tuple[int, ...], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    bucket, sign = buckets_and_signs(spec, name, shape)
+    return bucket.to(device), sign.to(device)
