@@ -1,7 +1,7 @@
 """The loss of a language model, one sum per example and one number per token, in chunks.
 
-A loss of this library is any callable ``loss_fn(model, batch) -> (n,)``. The one here also offers what the engine uses
-when it is there: ``token_losses``, ``loss_tokens``, ``sampled`` and ``kind``.
+A loss of this library is any callable ``loss_fn(model, batch) -> (n,)``. The one here also offers what the
+engine uses when it is there: ``token_losses``, ``loss_tokens``, ``sampled`` and ``kind``.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from gradsift.kernels.errors import DataError, ShapeError
 from torch import Tensor, nn
 from torch.nn import functional
-
-from gradsift.kernels.errors import DataError, ShapeError
 
 __all__ = ["IGNORE", "LanguageModelLoss", "counter_uniform", "language_model"]
 
@@ -31,15 +30,17 @@ _NOT_FOR_THE_MODEL = frozenset({"ids", "segments", "labels"})
 class LanguageModelLoss:
     """Cross-entropy of the next token, summed over each example's counted labels.
 
-    A batch holds ``input_ids`` of shape (n, T) and, if wanted, ``attention_mask``, ``labels`` (-100: no loss; without
-    labels every attended token counts) and any other tensor that the model's forward takes. Causal models predict
-    label t from position t - 1; for encoder-decoders (``model.config.is_encoder_decoder``) labels line up with the
-    decoder's positions and ``decoder_input_ids`` are made by the model unless given. A packed batch is one row of
-    tokens with ``segments``, its n + 1 offsets: the shift never crosses them, and ``position_ids`` that restart at
-    each of them are added unless given (a 2-D attention mask cannot separate documents and is left out).
+    A batch holds ``input_ids`` of shape (n, T) and, if wanted, ``attention_mask``, ``labels`` (-100: no
+    loss; without labels every attended token counts) and any other tensor that the model's forward takes.
+    Causal models predict label t from position t - 1; for encoder-decoders
+    (``model.config.is_encoder_decoder``) labels line up with the decoder's positions and
+    ``decoder_input_ids`` are made by the model unless given. A packed batch is one row of tokens with
+    ``segments``, its n + 1 offsets: the shift never crosses them, and ``position_ids`` that restart at each
+    of them are added unless given (a 2-D attention mask cannot separate documents and is left out).
 
-    Memory: logits stay in the model's dtype; float32 copies are made 64 MiB at a time, forwards and backwards.
-    Both derivative modes work, so the loss can be differentiated by ``backward`` and by ``torch.func.jvp``.
+    Memory: logits stay in the model's dtype; float32 copies are made 64 MiB at a time, forwards and
+    backwards. Both derivative modes work, so the loss can be differentiated by ``backward`` and by
+    ``torch.func.jvp``.
     """
 
     kind = "language_model"
@@ -53,8 +54,9 @@ class LanguageModelLoss:
         """Loss of each token at its own place, 0 where there is none.
 
         Returns:
-            shape (n, T), lined up with ``input_ids`` for causal models (position 0 is 0) and with ``labels`` for
-            encoder-decoders. A packed row comes back as its n documents, padded with zeros to the longest.
+            shape (n, T), lined up with ``input_ids`` for causal models (position 0 is 0) and with
+            ``labels`` for encoder-decoders. A packed row comes back as its n documents, padded with zeros
+            to the longest.
         """
         logits, labels, segments = _predictions(model, batch)
         losses = _cross_entropy(logits, labels)
@@ -69,8 +71,8 @@ class LanguageModelLoss:
     def loss_tokens(self, batch: Mapping[str, Any]) -> Tensor:
         """Labels that count, per example: int64 of shape (n,), on the CPU.
 
-        A batch is taken for an encoder-decoder's when it has a ``decoder_*`` key, or labels of another shape than
-        ``input_ids``; then its first label counts too.
+        A batch is taken for an encoder-decoder's when it has a ``decoder_*`` key, or labels of another
+        shape than ``input_ids``; then its first label counts too.
         """
         segments = _segments(batch)
         labels = _labels(batch).cpu()
@@ -81,8 +83,9 @@ class LanguageModelLoss:
     def sampled(self, model: nn.Module, batch: Mapping[str, Any], seeds: Sequence[int]) -> Tensor:
         """Loss of labels drawn from the model's own softmax at the counted positions.
 
-        Its gradients are draws whose second moment is the true Fisher information. The label of an example's j-th
-        counted token is drawn by inverse CDF with ``counter_uniform(seed, j)``: the same for any batch and padding.
+        Its gradients are draws whose second moment is the true Fisher information. The label of an
+        example's j-th counted token is drawn by inverse CDF with ``counter_uniform(seed, j)``: the same for
+        any batch and padding.
 
         Args:
             seeds: n integers, one per example.
@@ -125,7 +128,7 @@ def _mix64(x: np.ndarray) -> np.ndarray:
 
 
 def _predictions(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, np.ndarray | None]:
-    """Run the model: logits (n, T, V), and for each position the label that it predicts (n, T), -100 for none."""
+    """Logits (n, T, V), and the label that each position predicts (n, T), -100 for none."""
     segments = _segments(batch)
     labels = _labels(batch)
     encoder_decoder = _is_encoder_decoder(model)
@@ -161,7 +164,7 @@ def _predictions(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Te
     target = labels if encoder_decoder else _shift(labels, segments)
     if logits.shape[:-1] != target.shape:
         raise ShapeError(
-            f"the model gave logits of shape {tuple(logits.shape)} for labels of shape {tuple(target.shape)}: "
+            f"the model gave logits of shape {tuple(logits.shape)} for labels of {tuple(target.shape)}: "
             "expected one row of logits per label"
         )
     return logits, target, segments
@@ -266,7 +269,7 @@ def _chunks(labels: Tensor, vocabulary: int) -> list[Tensor | slice]:
 
 
 class _TokenLosses(torch.autograd.Function):
-    """logsumexp(logits) - logits[label] per row, upcast chunk by chunk; the softmax is made again on the way back."""
+    """logsumexp(logits) - logits[label] per row, upcast chunk by chunk; backward makes the softmax again."""
 
     @staticmethod
     def forward(logits: Tensor, labels: Tensor) -> Tensor:  # type: ignore[override]
