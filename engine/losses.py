@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from gradsift.kernels.errors import DataError, ShapeError
 from torch import Tensor, nn
 from torch.nn import functional
+
+from gradsift.kernels.errors import DataError, ShapeError
 
 __all__ = ["IGNORE", "LanguageModelLoss", "counter_uniform", "language_model"]
 
