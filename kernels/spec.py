@@ -70,9 +70,7 @@ class SketchSpec:
         if self.dim == -1:
             object.__setattr__(self, "dim", 4096)
         if self.dim <= 0 or self.dim % SEGMENT or self.dim > _MAX_DIM:
-            raise SpecError(
-                f"dim is {self.dim}, expected a multiple of {SEGMENT} between {SEGMENT} and {_MAX_DIM}"
-            )
+            raise SpecError(f"dim is {self.dim}, expected a multiple of {SEGMENT} between {SEGMENT} and {_MAX_DIM}")
 
     def _check_identity(self) -> None:
         layout = tuple((str(name), tuple(int(s) for s in shape)) for name, shape in self.layout)
@@ -80,9 +78,7 @@ class SketchSpec:
         if layout:
             total = sum(prod(shape) for _, shape in layout)
             if self.dim not in (-1, total):
-                raise SpecError(
-                    f"dim is {self.dim} but the captured parameters hold {total} numbers: leave dim out"
-                )
+                raise SpecError(f"dim is {self.dim} but the captured parameters hold {total} numbers: leave dim out")
             object.__setattr__(self, "dim", total)
         elif self.dim < -1 or self.dim == 0:
             raise SpecError(f"dim is {self.dim}, expected nothing: leave it out for kind='identity'")

@@ -1,0 +1,56 @@
+"""Features: the rows that capture returns, with the table that says what they are rows of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from gradsift.kernels.spec import SketchSpec
+
+__all__ = ["Features", "TableRow", "table_difference"]
+
+
+class TableRow(NamedTuple):
+    """One captured parameter: its canonical name, its full shape, and the scale of its map (LoRA's alpha / r)."""
+
+    name: str
+    shape: tuple[int, ...]
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """Sketched gradients of a batch.
+
+    Attributes:
+        values: float32, shape (n, dim).
+        loss: float32, shape (n,); None under a tap, which does not see losses.
+        grad_norm: float32, shape (n,): the exact norm of each example's gradient before sketching; NaN where it is
+            not known (a parameter used in several backward passes).
+        spec: the projection.
+        table: the captured parameters.
+    """
+
+    values: Tensor
+    loss: Tensor | None
+    grad_norm: Tensor
+    spec: SketchSpec
+    table: tuple[TableRow, ...]
+
+
+def table_difference(got: Sequence[TableRow], expected: Sequence[TableRow]) -> str | None:
+    """The first row in which two tables differ, in words; None when they agree."""
+    for i, (a, b) in enumerate(zip(got, expected, strict=False)):
+        if a != b:
+            return f"row {i} is {_words(a)}, expected {_words(b)}"
+    if len(got) != len(expected):
+        longer, which = (got, "has") if len(got) > len(expected) else (expected, "lacks")
+        return f"it {which} {_words(longer[min(len(got), len(expected))])}"
+    return None
+
+
+def _words(row: TableRow) -> str:
+    return f"{row.name} {tuple(row.shape)} x {row.scale:g}"
