@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+from array import array
 from collections.abc import Sequence
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -56,28 +58,25 @@ class JsonLines:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        starts = [0]
+        starts = array("q", [0])
         with path.open("rb") as file:
             for line in file:
                 starts.append(starts[-1] + len(line))
-        self._starts = np.asarray(starts, dtype=np.int64)
-        self._file = path.open("rb")
+            self._bytes = mmap(file.fileno(), 0, access=ACCESS_READ) if starts[-1] else b""
+        self._starts = np.frombuffer(starts, dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self._starts) - 1
 
     def __getitem__(self, row: int) -> Record:
         begin, end = self._starts[row : row + 2].tolist()
-        self._file.seek(begin)
-        return self._parse(self._file.read(end - begin), row)
+        return self._parse(self._bytes[begin:end], row)
 
     def _parse(self, line: bytes, row: int) -> Record:
         try:
             text = line.decode("utf-8-sig" if row == 0 else "utf-8").strip()
         except UnicodeDecodeError as error:
-            raise DataError(
-                f"{self.place(row)}: byte {error.start + 1} is not UTF-8: save the file as UTF-8"
-            ) from None
+            raise DataError(f"{self.place(row)}: byte {error.start + 1} is not UTF-8: save the file as UTF-8") from None
         if not text:
             raise DataError(f"{self.place(row)}: the line is empty, expected a JSON object: remove it")
         try:
