@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from itertools import chain
 from os import PathLike
@@ -56,6 +56,7 @@ def extract(
     backend: str = "auto",
     allow_idle: Sequence[str] = (),
     batch_axis: int = 0,
+    notes: Mapping[str, Any] | None = None,
 ) -> FeatureStore:
     """Write the sketched gradient of every example, then a curvature sample, to a store on disk.
 
@@ -82,6 +83,8 @@ def extract(
         backend: see ``Capture``.
         allow_idle: see ``Capture``.
         batch_axis: see ``Capture``.
+        notes: anything JSON can hold that a reader of the store should know, such as where the data lies; kept as
+            ``store.metadata["notes"]`` and not compared when the extraction is resumed.
 
     Raises:
         StoreError: the path holds something else, was begun with other settings or other data (the text says which),
@@ -114,6 +117,7 @@ def extract(
             "dtype": dtype,
             "ids": id_kind(read_ids(as_batch(first))),
             "curvature": {"requested": curvature, "rows": None} if sampling else None,
+            "notes": dict(notes or {}),
         }
         with StoreWriter(root, description) as writer, reporting(progress) as report:
             job = Extraction(writer, capture, loss_fn, batch_axis, shuffles(loader))
