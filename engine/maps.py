@@ -148,10 +148,6 @@ class LoraMap(Map):
         uses: list[_LoraUse] = []
 
         def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if kwargs.get("adapter_names") is not None:
-                raise CaptureError(
-                    f"{self.name}: adapter_names mixes adapters within a batch: give one batch per adapter"
-                )
             self.check()
             inputs[:] = [args[0] if args else kwargs["x"]]
             uses.clear()
@@ -164,7 +160,11 @@ class LoraMap(Map):
             x = args[0] if self._drops() else inputs[0]
             watcher.mark(self, h, [x, h], use.complete)
 
-        def leave(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        def leave(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            if kwargs.get("adapter_names") is not None:  # set by a hook of PEFT's that runs after `enter`
+                raise CaptureError(
+                    f"{self.name}: adapter_names mixes adapters within a batch: give one batch per adapter"
+                )
             for use in uses:
                 if output.requires_grad:
                     output.register_hook(use.receive)
@@ -174,7 +174,7 @@ class LoraMap(Map):
         return [
             self.layer.register_forward_pre_hook(enter, with_kwargs=True),
             self.layer.lora_A[self.adapter].register_forward_hook(down),
-            self.layer.register_forward_hook(leave),
+            self.layer.register_forward_hook(leave, with_kwargs=True),
         ]
 
     def _drops(self) -> bool:
@@ -270,8 +270,8 @@ def _refuse_variant(name: str, layer: Any, adapter: str) -> None:
         cause = f"the LoRA variant {type(variant).__name__} has another formula"
     elif is_instance_of(layer, "peft.tuners.lora.layer", "ParamWrapper"):
         cause = (
-            f"LoRA on the parameter {getattr(layer, 'parameter_name', '?')!r} (fused experts) is added to the weight, "
-            "and no activation of it can be read"
+            f"LoRA on the parameter {getattr(layer, 'parameter_name', '?')!r} of {type(base).__name__} is added to the "
+            "weight itself (as on fused experts), so no activation of it can be read"
         )
     elif is_instance_of(layer, "peft.tuners.lora.layer", "MultiheadAttention"):
         cause = "PEFT merges the adapter of nn.MultiheadAttention in its forward"

@@ -1,7 +1,7 @@
 """Canonical names: what a module or parameter is called when every wrapper around it is taken away.
 
-A sketch depends on the names of parameters, so the same weights must carry the same name under DDP, FSDP, torch.compile,
-activation checkpointing and PEFT. Wrappers are recognised by type, never by the spelling of a path.
+A sketch depends on the names of parameters, so the same weights must carry the same name under DDP, FSDP,
+torch.compile, activation checkpointing and PEFT. Wrappers are recognised by type, never by the spelling of a path.
 """
 
 from __future__ import annotations

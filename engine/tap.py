@@ -110,7 +110,7 @@ class Tap:
         tolerance = _tolerance(self._capture)
         if not self.conservation <= tolerance:
             raise CaptureError(
-                f"rows do not add up to the gradient of this backward pass (relative difference {self.conservation:.1e}, "
+                f"rows do not add up to the gradient of this backward pass (they are {self.conservation:.1e} apart, "
                 f"expected at most {tolerance:.0e}): a captured weight is used in a way that no map reports"
             )
         self._capture.conservation_checked = True
