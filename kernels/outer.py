@@ -132,8 +132,7 @@ def _validate_offsets(offsets: tuple[int, ...], tokens: int, name: str) -> None:
     for i in range(len(offsets) - 1):
         if offsets[i + 1] < offsets[i]:
             raise ShapeError(
-                f"{name}: segments decrease from {offsets[i]} to {offsets[i + 1]} at example {i}: "
-                "sort the offsets"
+                f"{name}: segments decrease from {offsets[i]} to {offsets[i + 1]} at example {i}: sort the offsets"
             )
 
 
@@ -141,9 +140,7 @@ def _validate_outputs(
     out: Tensor, sqnorm: Tensor | None, n: int, spec: SketchSpec, name: str, device: torch.device
 ) -> None:
     if out.shape != (n, spec.dim) or out.dtype not in (torch.float32, torch.float64) or out.device != device:
-        raise ShapeError(
-            f"{name}: out is {_words(out)}, expected float32 of shape ({n}, {spec.dim}) on {device}"
-        )
+        raise ShapeError(f"{name}: out is {_words(out)}, expected float32 of shape ({n}, {spec.dim}) on {device}")
     if sqnorm is not None and (
         sqnorm.shape != (n,) or sqnorm.dtype not in (torch.float32, torch.float64) or sqnorm.device != device
     ):
@@ -237,8 +234,6 @@ def _add_sketch(
 
 
 @lru_cache(maxsize=4096)
-def _on_device(
-    spec: SketchSpec, name: str, shape: tuple[int, ...], device: torch.device
-) -> tuple[Tensor, Tensor]:
+def _on_device(spec: SketchSpec, name: str, shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     bucket, sign = buckets_and_signs(spec, name, shape)
     return bucket.to(device), sign.to(device)
