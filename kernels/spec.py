@@ -116,9 +116,12 @@ class SketchSpec:
         missing = sorted({"dim", "seed", "kind", "version"} - set(fields))
         if unknown or missing:
             raise SpecError(f"sketch specification has unknown fields {unknown} and lacks {missing}")
-        if not isinstance(fields.get("layout", []), list):
-            raise SpecError("layout of a sketch specification must be a list of [name, shape]")
-        fields["layout"] = tuple((name, tuple(shape)) for name, shape in fields.get("layout", []))
+        try:
+            fields["layout"] = tuple(
+                (name, tuple(int(size) for size in shape)) for name, shape in fields.get("layout", [])
+            )
+        except (TypeError, ValueError):
+            raise SpecError("layout of a sketch specification must be a list of [name, shape]") from None
         return cls(**fields)
 
 
