@@ -50,10 +50,11 @@ class Dataset:
     stay 12 bytes per record (row and length); text and tokens are read again when they are needed.
 
     Args:
-        records: see ``open_records``.
-        encoder: how they become tokens.
+        records: see ``open_records``. encoder: how they become tokens. check: read every record now.
+        Without it nothing is surveyed and there are no batches: enough for looking
+            examples up by their ids.
         skip_bad: leave unusable records out, and count and name them, instead of refusing the file.
-        progress: called with the number of records read so far.
+        progress: called with the number of records read so far, and of all.
 
     Attributes:
         survey: counts of the whole file.
@@ -67,14 +68,22 @@ class Dataset:
         records: Records,
         encoder: Encoder,
         *,
+        check: bool = True,
         skip_bad: bool = False,
-        progress: Callable[[int], None] | None = None,
+        progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self.records = records
         self.encoder = encoder
         self.survey = Survey(records=len(records))
-        self._row_of_id: dict[str, int] | None = None
-        self._named_ids: bool | None = None
+        self._found: dict[str, int] = {}
+        self._named_ids = "id" in records[0]
+        self._rows = np.arange(len(records), dtype=np.int64)
+        self._lengths: np.ndarray | None = None
+        if check:
+            self._survey(skip_bad, progress)
+
+    def _survey(self, skip_bad: bool, progress: Callable[[int, int], None] | None) -> None:
+        records = self.records
         rows: list[np.ndarray] = []
         lengths: list[np.ndarray] = []
         for start in range(0, len(records), _READ_AT_ONCE):
@@ -83,13 +92,11 @@ class Dataset:
             rows.append(np.array([row for row, _ in kept], dtype=np.int64))
             lengths.append(np.array([length for _, length in kept], dtype=np.int32))
             if progress is not None:
-                progress(part.stop)
+                progress(part.stop, len(records))
         self._rows = np.concatenate(rows)
         self._lengths = np.concatenate(lengths)
         if not len(self._rows):
-            raise DataError(
-                f"none of the {len(records)} records is usable; the first: {self.survey.named[0]}"
-            )
+            raise DataError(f"none of the {len(records)} records is usable; the first: {self.survey.named[0]}")
 
     @classmethod
     def open(
@@ -100,8 +107,9 @@ class Dataset:
         max_length: int = 1024,
         eos: bool = True,
         encoder_decoder: bool = False,
+        check: bool = True,
         skip_bad: bool = False,
-        progress: Callable[[int], None] | None = None,
+        progress: Callable[[int, int], None] | None = None,
     ) -> Self:
         """Open a file and take its form (text, prompt and completion, or messages) from its first record."""
         records = open_records(path)
@@ -109,11 +117,9 @@ class Dataset:
             form = form_of(records[0])
         except DataError as error:
             text = str(error)
-            raise DataError(
-                text if text.startswith(records.place(0)) else f"{records.place(0)}: {text}"
-            ) from None
+            raise DataError(text if text.startswith(records.place(0)) else f"{records.place(0)}: {text}") from None
         encoder = Encoder(tokenizer, form, max_length, eos, encoder_decoder)
-        return cls(records, encoder, skip_bad=skip_bad, progress=progress)
+        return cls(records, encoder, check=check, skip_bad=skip_bad, progress=progress)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -136,14 +142,27 @@ class Dataset:
         Raises:
             DataError: an id is not in the file.
         """
-        if self._row_of_id is None:
-            self._row_of_id = {str(self.id(i)): i for i in range(len(self))}
-        try:
-            return [self._row_of_id[str(i)] for i in ids]
-        except KeyError as error:
-            raise DataError(
-                f"id {error.args[0]!r} is not in the data: give the file that was extracted"
-            ) from None
+        if not self._named_ids:
+            rows = np.array([int(i) for i in ids], dtype=np.int64)
+            places = np.searchsorted(self._rows, rows).clip(max=len(self._rows) - 1)
+            missing = np.flatnonzero(self._rows[places] != rows)
+            if len(missing):
+                raise DataError(_unknown(ids[int(missing[0])]))
+            return [int(place) for place in places]
+        wanted = {str(i) for i in ids} - self._found.keys()
+        for index in range(len(self)):
+            if not wanted:
+                break
+            try:
+                name = str(self.id(index))
+            except DataError:
+                continue  # a record that was left out
+            if name in wanted:
+                wanted.remove(name)
+                self._found[name] = index
+        if wanted:
+            raise DataError(_unknown(min(wanted)))
+        return [self._found[str(i)] for i in ids]
 
     def fetch(self, indices: Sequence[int]) -> Batch:
         """One padded batch of these examples, in this order."""
@@ -184,15 +203,11 @@ class Dataset:
         return length
 
     def _id(self, record: Record, row: int) -> str | int:
-        if self._named_ids is None:
-            self._named_ids = "id" in record
         if not self._named_ids:
             return row
         value = record.get("id")
         if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
-            raise DataError(
-                f"column 'id': {value!r}, expected text or a whole number, as in the first record"
-            )
+            raise DataError(f"column 'id': {value!r}, expected text or a whole number, as in the first record")
         return str(value)
 
     def _encode(self, indices: Sequence[int]) -> list[Example]:
@@ -203,10 +218,10 @@ class Dataset:
         return examples  # type: ignore[return-value]
 
     def _plan(self, block: int, batch_tokens: int, batch_size: int | None) -> list[np.ndarray]:
+        if self._lengths is None:
+            raise DataError("the data was opened without a check, so lengths are not known: open it with check=True")
         if block < 1 or batch_tokens < 1 or (batch_size is not None and batch_size < 1):
-            raise DataError(
-                f"block {block}, batch tokens {batch_tokens} and batch size {batch_size} must be positive"
-            )
+            raise DataError(f"block {block}, batch tokens {batch_tokens} and batch size {batch_size} must be positive")
         plan = []
         for start in range(0, len(self), block):
             lengths = self._lengths[start : start + block]
@@ -241,12 +256,21 @@ class Batches:
     def __init__(self, dataset: Dataset, plan: Sequence[np.ndarray]) -> None:
         self._dataset, self._plan = dataset, plan
 
+    @property
+    def rows(self) -> int:
+        """Examples in all batches together."""
+        return len(self._dataset)
+
     def __len__(self) -> int:
         return len(self._plan)
 
     def __iter__(self) -> Iterator[Mapping[str, Any]]:
         for indices in self._plan:
             yield self._dataset.fetch(indices.tolist())
+
+
+def _unknown(name: str | int) -> str:
+    return f"id {name!r} is not in the data: give the file that was extracted"
 
 
 def _pad(rows: Sequence[np.ndarray], fill: int) -> Tensor:

@@ -1,0 +1,180 @@
+"""Answers of `gradsift query`: the most and least influential examples, token by token, as text or as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import numpy as np
+from rich.console import Console
+from rich.padding import Padding
+from rich.text import Text
+
+from gradsift.bindings.data import Dataset
+from gradsift.bindings.render import LEGEND, coloured, number, table
+from gradsift.bindings.workspace import Workspace
+from gradsift.engine.gradient import gradient
+from gradsift.engine.losses import IGNORE, language_model
+from gradsift.engine.rescore import Rescorer
+from gradsift.engine.search import SIGN, TopK, topk
+
+__all__ = ["Answer", "Asker"]
+
+_AT_ONCE = 8
+"""Training examples that are scored exactly in one batch."""
+
+_EVERYTHING = 1 << 30
+"""Characters to show of a text that is shown whole."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The most or least influential examples of every query.
+
+    Attributes:
+        top: ids, rows and scores, shape (q, k).
+        tokens: what each token adds to the exact score, shape (q, k, T).
+    """
+
+    top: TopK
+    tokens: np.ndarray
+
+
+class Asker:
+    """Asks one store about some queries, and shows the answers.
+
+    Args:
+        space: the store with its model and data.
+        questions: the queries.
+        scorer: as of ``topk``.
+        exact: let exact gradients order a short list; otherwise they only share scores out among tokens.
+    """
+
+    def __init__(self, space: Workspace, questions: Dataset, scorer: str, exact: bool) -> None:
+        self._space, self._questions, self._exact = space, questions, exact
+        self._scorer = cast(Literal["fisher", "dot", "cosine"], scorer)
+        self._features = space.capture(questions)
+        modules = space.notes.modules
+        self._rescorer = Rescorer(
+            space.model,
+            self._fetch,
+            language_model.token_losses,
+            [gradient(space.model, questions.fetch([i]), language_model, modules) for i in range(len(questions))],
+            modules=modules,
+        )
+
+    def _fetch(self, rows: Sequence[int]) -> Iterator[Mapping[str, Any]]:
+        for start in range(0, len(rows), _AT_ONCE):
+            yield self._space.fetch(rows[start : start + _AT_ONCE])
+
+    def ask(self, k: int, largest: bool) -> Answer:
+        """The k most influential examples of each query; or, with ``largest=False``, the most harmful ones."""
+        top = topk(
+            self._space.store,
+            self._features,
+            k,
+            self._scorer,
+            largest,
+            rescore=self._rescorer if self._exact else None,
+        )
+        if top.tokens is not None:
+            return Answer(top, top.tokens)
+        parts = [self._rescorer(query, rows).tokens.numpy() for query, rows in enumerate(top.rows)]
+        width = max(part.shape[1] for part in parts)
+        return Answer(top, np.stack([np.pad(part, ((0, 0), (0, width - part.shape[1]))) for part in parts]))
+
+    def print(self, console: Console, answers: Sequence[Answer], whole: bool) -> None:
+        """Each query, then a table per answer."""
+        console.print(self._headline(answers[0].top), highlight=False)
+        for query in range(len(self._questions)):
+            console.print()
+            console.print(self._question_line(query), style="bold", highlight=False)
+            console.print(Padding(self._question_text(query, whole), (0, 0, 0, 2)), highlight=False)
+            for answer in answers:
+                console.print()
+                console.print(self._table(console, answer, query, whole))
+        console.print()
+        console.print(LEGEND, highlight=False)
+
+    def to_json(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        """The same as plain values."""
+        queries = []
+        for query in range(len(self._questions)):
+            found: dict[str, Any] = {
+                "id": self._questions.id(query),
+                "record": self._questions.record(query),
+                "loss": self._loss(query),
+                "loss_tokens": self._questions.example(query).scored,
+            }
+            for answer in answers:
+                found["most" if answer.top.largest else "least"] = self._rows(answer, query)
+            queries.append(found)
+        return {
+            "store": str(self._space.store.path),
+            "scorer": answers[0].top.scorer,
+            "exact": self._exact,
+            "sign": SIGN,
+            "queries": queries,
+        }
+
+    def _rows(self, answer: Answer, query: int) -> list[dict[str, Any]]:
+        store, top = self._space.store, answer.top
+        rows = []
+        for place, row in enumerate(top.rows[query].tolist()):
+            index = self._space.index(row)
+            pieces = self._space.data.example(index).pieces
+            shares = answer.tokens[query, place, : len(pieces)].tolist()
+            rows.append(
+                {
+                    "id": top.ids[query, place],
+                    "row": row,
+                    "score": float(top.scores[query, place]),
+                    "loss": float(store.loss[row]),
+                    "loss_tokens": None if store.loss_tokens is None else int(store.loss_tokens[row]),
+                    "record": self._space.data.record(index),
+                    "tokens": list(zip(pieces, shares, strict=True)),
+                }
+            )
+        return rows
+
+    def _headline(self, top: TopK) -> Text:
+        store = self._space.store
+        how = "exact gradients of a short list" if self._exact else f"sketches of {store.spec.dim} numbers"
+        return Text.assemble((str(store.path), "bold"), f"  {len(store):,} examples, {top.scorer}, {how}")
+
+    def _loss(self, query: int) -> float:
+        loss = self._features.loss
+        return float("nan") if loss is None else float(loss[query])
+
+    def _question_line(self, query: int) -> str:
+        tokens = self._questions.example(query).scored
+        name = self._questions.records.place(query) if len(self._questions) > 1 else "query"
+        return f"{name}  loss {self._loss(query) / tokens:.3f} per token, {tokens} tokens"
+
+    def _question_text(self, query: int, whole: bool) -> Text:
+        example = self._questions.example(query)
+        shown = coloured(example.pieces, None, limit=_EVERYTHING if whole else 800)
+        counted = example.labels != IGNORE
+        if self._questions.encoder.encoder_decoder:
+            return Text.assemble((self._prompt(self._questions.record(query)), "dim"), " → ", shown)
+        first = int(counted.argmax())
+        shown.stylize("dim", 0, len("".join(example.pieces[:first])))
+        return shown
+
+    def _table(self, console: Console, answer: Answer, query: int, whole: bool) -> Any:
+        rows = []
+        colours = console.color_system is not None
+        for place, found in enumerate(self._rows(answer, query), start=1):
+            pieces, shares = zip(*found["tokens"], strict=True)
+            text = coloured(pieces, shares, limit=_EVERYTHING if whole else 320, marks=not colours)
+            if self._space.data.encoder.encoder_decoder:
+                text = Text.assemble((self._prompt(found["record"]), "dim"), " → ", text)
+            tokens = found["loss_tokens"] or 1
+            rows.append((place, number(found["score"]), f"{found['loss'] / tokens:.3f}", found["id"], text))
+        title = "most influential" if answer.top.largest else "pushing the other way"
+        return table(("", "score", "loss/token", "id", title), rows, wide=title)
+
+    @staticmethod
+    def _prompt(record: Mapping[str, Any]) -> str:
+        return str(record["prompt"])

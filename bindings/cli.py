@@ -1,0 +1,413 @@
+"""The command line: extract, query, select, info here; check and demo are loaded when they are called."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from enum import StrEnum
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from typer.core import TyperCommand, TyperGroup
+
+from gradsift.bindings.extras import require
+from gradsift.kernels.errors import DataError, GradsiftError
+
+if TYPE_CHECKING:
+    from gradsift.bindings.workspace import Workspace
+
+__all__ = ["app", "main"]
+
+_ELSEWHERE = {
+    "check": (
+        "gradsift.bindings.check",
+        "Prove on a few of your own examples that gradsift is right about your model.",
+    ),
+    "demo": ("gradsift.bindings.demo", "Watch gradsift find planted training examples, from nothing, on this machine."),
+}
+"""Commands whose module is imported when they are called; each has a typer app named `app`."""
+
+
+class _Elsewhere(TyperCommand):
+    """Stands for a command of another module, so that `gradsift --help` need not import it."""
+
+    def __init__(self, name: str, module: str, help: str) -> None:
+        super().__init__(name, help=help)
+        self._module = module
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        real = typer.main.get_command(import_module(self._module).app)
+        return real.make_context(info_name, args, parent=parent, **extra)
+
+
+class _Commands(TyperGroup):
+    """Own commands first, in the order in which they are used."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return ["demo", "check", *super().list_commands(ctx)]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name in _ELSEWHERE:
+            return _Elsewhere(cmd_name, *_ELSEWHERE[cmd_name])
+        return super().get_command(ctx, cmd_name)
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="""Which training examples made this model do that?
+
+    [bold]gradsift extract[/bold] --model MODEL --adapter ADAPTER --data train.jsonl --out train.zarr
+    [bold]gradsift query[/bold] train.zarr --prompt "What is the capital of Nigeria?"
+    """.replace("\n    [", "\n\n    ["),
+)
+
+
+class Scorer(StrEnum):
+    """How rows are compared with a query."""
+
+    fisher = "fisher"
+    dot = "dot"
+    cosine = "cosine"
+
+
+class Precision(StrEnum):
+    """Numbers of a model."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class StorePrecision(StrEnum):
+    """Numbers of a store."""
+
+    float32 = "float32"
+    float16 = "float16"
+
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:0; a GPU when there is one.")]
+Store = Annotated[Path, typer.Argument(help="A store that `gradsift extract` wrote.", show_default=False)]
+OtherModel = Annotated[str | None, typer.Option("--model", help="Where the model is now, if it moved.")]
+OtherAdapter = Annotated[str | None, typer.Option("--adapter", help="Where the adapter is now, if it moved.")]
+OtherData = Annotated[str | None, typer.Option("--train", help="Where the training data is now, if it moved.")]
+
+
+@app.command()
+def extract(
+    model: Annotated[
+        str, typer.Option(help="Folder, Hugging Face id, or .gguf file of the base model.", show_default=False)
+    ],
+    data: Annotated[
+        str,
+        typer.Option(
+            help="Training data, .jsonl, .csv or .parquet, with columns text, or prompt and completion, or messages; "
+            "and id, if wanted.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="The store to write: a new folder, or one to finish.", show_default=False)],
+    adapter: Annotated[str | None, typer.Option(help="Folder or Hugging Face id of the LoRA adapter.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="If it is not beside the adapter or the model.")] = None,
+    dim: Annotated[int, typer.Option(help="Numbers per example, a multiple of 64.")] = 4096,
+    seed: Annotated[int, typer.Option(help="Of the sketch.")] = 0,
+    modules: Annotated[
+        list[str] | None,
+        typer.Option(help="Layers to capture: lora, or a glob such as '*.q_proj'; may be repeated.  [default: lora]"),
+    ] = None,
+    curvature: Annotated[
+        int, typer.Option(help="Rows of the curvature sample, which the default scorer needs; 0 for none.")
+    ] = 2000,
+    max_length: Annotated[int, typer.Option(help="Tokens kept per example; the end is cut.")] = 1024,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens in a batch, padding included.")] = 4096,
+    batch_size: Annotated[int | None, typer.Option(help="Examples in a batch, at most.")] = None,
+    dtype: Annotated[
+        Precision | None, typer.Option(help="Of the model: float32 on a CPU, as saved on a GPU.", show_default=False)
+    ] = None,
+    store_dtype: Annotated[
+        StorePrecision, typer.Option(help="Of the store: float16 halves it, at 2e-4 relative error.")
+    ] = StorePrecision.float32,
+    eos: Annotated[
+        bool, typer.Option("--eos/--no-eos", help="Close text and completions with the end-of-sequence token.")
+    ] = True,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave unusable records out, and name them.")] = False,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Sketch the gradient of every training example into a store.
+
+    [bold]gradsift extract --model HuggingFaceTB/SmolLM2-135M --adapter ./adapter --data train.jsonl --out
+    train.zarr[/bold]
+
+    Stopped at any moment, the same command goes on where it was. Every line of the data is checked first; a
+    bad one is named by number and column.
+
+    [bold]... --data chats.parquet --dim 8192 --store-dtype float16[/bold]   longer rows in half the bytes
+
+    [bold]... --modules '*.q_proj' --modules '*.v_proj'[/bold]   a model without an adapter
+    """
+    from gradsift.bindings.data import Dataset
+    from gradsift.bindings.describe import describe, print_survey
+    from gradsift.bindings.models import load
+    from gradsift.bindings.render import bytes_text
+    from gradsift.bindings.workspace import Notes, absolute
+    from gradsift.engine.extract import extract as run
+    from gradsift.engine.losses import language_model
+    from gradsift.kernels.spec import SketchSpec
+
+    spec = SketchSpec(dim=dim, seed=seed)
+    _hush()
+    loaded = load(model, adapter, tokenizer=tokenizer, dtype=dtype and dtype.value, device=device)
+    with _reading() as progress:
+        examples = Dataset.open(
+            data,
+            loaded.tokenizer,
+            max_length=max_length,
+            eos=eos,
+            encoder_decoder=loaded.encoder_decoder,
+            skip_bad=skip_bad,
+            progress=progress,
+        )
+    survey, trained_on = examples.survey, examples.encoder.trained_on
+    if not as_json:
+        print_survey(Console(), examples)
+    selected: str | list[str] = "lora" if modules in (None, ["lora"]) else list(modules or [])
+    notes = Notes(
+        model=str(absolute(model)),
+        data=str(absolute(data)),
+        adapter=absolute(adapter),
+        tokenizer=absolute(tokenizer),
+        dtype=dtype and dtype.value,
+        modules=selected,
+        max_length=max_length,
+        eos=eos,
+        trained_on=trained_on,
+    )
+    block = _block(len(examples), dim)
+    store = run(
+        loaded.model,
+        examples.batches(block=block, batch_tokens=batch_tokens, batch_size=batch_size),
+        language_model,
+        out,
+        spec=spec,
+        modules=selected,
+        dtype=store_dtype.value,
+        block=block,
+        curvature=curvature,
+        notes=asdict(notes),
+    )
+    if as_json:
+        print(json.dumps({**describe(store), "survey": asdict(survey)}))
+        return
+    console, made = Console(), describe(store)
+    console.print(
+        f"[green]done[/green]  {escape(str(out))}: {len(store):,} examples, "
+        f"{made['curvature_rows']:,} curvature rows, {bytes_text(made['bytes'])}"
+    )
+    ask = '--prompt "..."' if examples.encoder.form != "text" else '--text "..."'
+    console.print(f"next  gradsift query {escape(str(out))} {escape(ask)}", highlight=False)
+
+
+@app.command()
+def query(
+    store: Store,
+    text: Annotated[str | None, typer.Option(help="Text whose loss is to be explained.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="A prompt; without --completion, the model's own answer is explained.")
+    ] = None,
+    completion: Annotated[str | None, typer.Option(help="The answer to --prompt that is to be explained.")] = None,
+    data: Annotated[str | None, typer.Option(help="A file of queries, of the same columns as training data.")] = None,
+    k: Annotated[int, typer.Option("-k", help="Examples to show per query.")] = 10,
+    least: Annotated[bool, typer.Option("--least", help="Also show those that push the query's loss up most.")] = False,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Order a short list by exact gradients; the sketch only finds it.")
+    ] = False,
+    scorer: Annotated[
+        Scorer, typer.Option(help="fisher corrects for curvature; dot and cosine are plain.")
+    ] = Scorer.fisher,
+    whole: Annotated[bool, typer.Option("--whole", help="Show long texts whole.")] = False,
+    model: OtherModel = None,
+    adapter: OtherAdapter = None,
+    train: OtherData = None,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Which training examples made the model do this?
+
+    [bold]gradsift query train.zarr --prompt "What is the capital of Nigeria?"[/bold]   why does it answer
+    what it answers?
+
+    [bold]gradsift query train.zarr --prompt "Capital of Nigeria?" --completion " Lagos" --exact -k 5[/bold]
+    why would it say that?
+
+    [bold]gradsift query train.zarr --data failures.jsonl --least --json > why.json[/bold]   many at once,
+    for a program
+
+    A positive score means: training on this example lowers the query's loss. Words are coloured by their
+    exact share.
+    """
+    from gradsift.bindings.answers import Asker
+
+    if (text is not None) + (prompt is not None) + (data is not None) != 1:
+        raise DataError("give exactly one of --text, --prompt and --data: what is to be explained")
+    if completion is not None and prompt is None:
+        raise DataError("--completion is given without --prompt: give both, or --text")
+    space = _workspace(store, model, adapter, train, device)
+    questions = space.questions(data) if data is not None else space.question(text, prompt, completion)
+    asker = Asker(space, questions, scorer.value, exact)
+    answers = [asker.ask(k, largest=True)]
+    if least:
+        answers.append(asker.ask(k, largest=False))
+    if as_json:
+        print(json.dumps(asker.to_json(answers)))
+    else:
+        asker.print(Console(), answers, whole)
+
+
+@app.command()
+def select(
+    store: Store,
+    targets: Annotated[
+        str,
+        typer.Option(help="Examples of what the model should do, in the columns of training data.", show_default=False),
+    ],
+    out: Annotated[Path, typer.Option(help="JSONL file to write.", show_default=False)],
+    budget: Annotated[str, typer.Option(help="How much to choose: 5%, or a number of examples.")] = "5%",
+    scorer: Annotated[Scorer, typer.Option(help="As of query.")] = Scorer.fisher,
+    model: OtherModel = None,
+    adapter: OtherAdapter = None,
+    train: OtherData = None,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Choose the training examples that help the targets most, as JSONL ready to train on.
+
+    [bold]gradsift select train.zarr --targets validation.jsonl --budget 5% --out chosen.jsonl[/bold]
+
+    Each line is the original record with its id and score, best first.
+    """
+    from gradsift.bindings.selection import parse_budget, write_selection
+    from gradsift.engine.store import FeatureStore
+
+    count = parse_budget(budget, len(FeatureStore.open(store)))
+    space = _workspace(store, model, adapter, train, device)
+    chosen = write_selection(space, space.questions(targets), count, scorer.value, out)
+    best, last = float(chosen.scores[0]), float(chosen.scores[-1])
+    if as_json:
+        print(json.dumps({"out": str(out), "chosen": count, "of": len(space.store), "best": best, "last": last}))
+    else:
+        Console().print(
+            f"[green]done[/green]  {escape(str(out))}: {count:,} of {len(space.store):,} examples, "
+            f"scores {best:+.4g} to {last:+.4g}"
+        )
+
+
+@app.command()
+def info(
+    store: Store,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read everything and compare it with its checksums.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """What a store holds, and what it was made from.
+
+    [bold]gradsift info train.zarr[/bold]
+
+    [bold]gradsift info train.zarr --verify[/bold]   is every byte as it was written?
+    """
+    from gradsift.bindings.describe import describe, print_info
+    from gradsift.engine.store import FeatureStore
+
+    opened = FeatureStore.open(store, unfinished=True)
+    if verify:
+        opened.verify()
+    if as_json:
+        print(json.dumps({**describe(opened), "verified": verify, "metadata": opened.metadata}))
+    else:
+        print_info(Console(), opened, verify)
+
+
+def main() -> None:
+    """Run the command line; every expected error is one sentence on stderr and exit code 2."""
+    _quiet()
+    try:
+        app()
+    except GradsiftError as error:
+        _fail(str(error), 2)
+    except KeyboardInterrupt:
+        _fail("stopped; the same command goes on where it was", 130)
+    except OSError as error:
+        _fail(str(error), 2)
+
+
+def _fail(sentence: str, code: int) -> None:
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[red]error[/red]  {escape(sentence)}")
+    sys.exit(code)
+
+
+def _quiet() -> None:
+    """Notes of this library go to stderr, one a line; those of others only when they are errors."""
+    from rich.logging import RichHandler
+
+    handler = RichHandler(
+        console=Console(stderr=True, soft_wrap=True), show_time=False, show_path=False, show_level=True
+    )
+    logging.basicConfig(level=logging.ERROR, format="%(message)s", handlers=[handler])
+    logging.getLogger("gradsift").setLevel(logging.WARNING)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+
+
+def _hush() -> None:
+    """No progress bars of transformers: what it loads in is not what the user waits for."""
+    noise = require("transformers").utils.logging
+    noise.set_verbosity_error()
+    noise.disable_progress_bar()
+
+
+def _workspace(store: Path, model: str | None, adapter: str | None, train: str | None, device: str | None) -> Workspace:
+    from gradsift.bindings.workspace import Notes, Workspace, remembered
+    from gradsift.engine.store import FeatureStore
+
+    opened = FeatureStore.open(store)
+    _hush()
+    notes = Notes(model, train, adapter) if model and train else remembered(opened)
+    moved = {"model": model, "adapter": adapter, "data": train}
+    notes = replace(notes, **{name: place for name, place in moved.items() if place is not None})
+    return Workspace(opened, notes, device)
+
+
+def _block(examples: int, dim: int) -> int:
+    """Examples that are sorted by length and committed together: 16 MB, less for small data."""
+    return max(1, min((1 << 22) // dim, max(64, -(-examples // 16))))
+
+
+@contextmanager
+def _reading() -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal while the data is checked."""
+    with Progress(
+        TextColumn("checking the data"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        disable=not sys.stderr.isatty(),
+    ) as bar:
+        task = bar.add_task("")
+        yield lambda done, total: bar.update(task, completed=done, total=total)

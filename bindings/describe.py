@@ -1,0 +1,86 @@
+"""What a store and a data set are, in facts: for `gradsift info`, and around an extraction."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+
+from gradsift.bindings.data import Dataset
+from gradsift.bindings.render import bytes_text, facts
+from gradsift.engine.store import FeatureStore
+
+__all__ = ["describe", "print_info", "print_survey"]
+
+
+def describe(store: FeatureStore) -> dict[str, Any]:
+    """The facts of a store as plain values."""
+    norms = np.asarray(store.grad_norm, dtype=np.float64)
+    loss = np.asarray(store.loss, dtype=np.float64)
+    tokens = None if store.loss_tokens is None else int(store.loss_tokens.sum())
+    curvature = store.metadata.get("curvature") or {}
+    return {
+        "path": str(store.path),
+        "complete": store.complete,
+        "examples": len(store),
+        "dim": store.spec.dim,
+        "seed": store.spec.seed,
+        "dtype": store.metadata["dtype"],
+        "parameters": len(store.table),
+        "numbers": int(sum(np.prod(row.shape) for row in store.table)),
+        "curvature_rows": int(curvature.get("rows") or 0),
+        "loss_kind": store.metadata["loss"]["kind"],
+        "loss_tokens": tokens,
+        "mean_loss": float(loss.sum() / (tokens or len(loss))) if len(loss) else None,
+        "grad_norm": [float(q) for q in np.nanquantile(norms, [0.05, 0.5, 0.95])] if len(norms) else None,
+        "bytes": sum(file.stat().st_size for file in store.path.rglob("*") if file.is_file()),
+        "notes": store.metadata.get("notes") or {},
+    }
+
+
+def print_info(console: Console, store: FeatureStore, verified: bool) -> None:
+    """The facts of a store for people."""
+    found = describe(store)
+    notes = found["notes"]
+    state = "" if found["complete"] else ", unfinished: run the same extract command again to finish it"
+    state += ", every byte as it was written" if verified else ""
+    first, last = store.table[0].name, store.table[-1].name
+    pairs = [
+        ("store", f"{found['path']}  ({bytes_text(found['bytes'])}{state})"),
+        ("examples", f"{found['examples']:,}"),
+        ("sketch", f"{found['dim']} numbers of {found['dtype']}, seed {found['seed']}"),
+        ("gradients of", f"{found['numbers']:,} numbers in {found['parameters']} parameters"),
+        ("", f"{first} … {last}"),
+        ("curvature", f"{found['curvature_rows']:,} rows" if found["curvature_rows"] else "none"),
+        ("model", notes.get("model")),
+        ("adapter", notes.get("adapter")),
+        ("data", notes.get("data")),
+        ("loss on", notes.get("trained_on") or found["loss_kind"]),
+    ]
+    if found["mean_loss"] is not None:
+        unit = "token" if found["loss_tokens"] is not None else "example"
+        pairs.append(("mean loss", f"{found['mean_loss']:.3f} per {unit}"))
+        low, middle, high = found["grad_norm"]
+        pairs.append(("gradient norm", f"{middle:.3g} (5 % below {low:.3g}, 5 % above {high:.3g})"))
+    facts(console, [(name, value) for name, value in pairs if value is not None])
+
+
+def print_survey(console: Console, examples: Dataset) -> None:
+    """What was read, what is trained on, and what was cut or left out."""
+    survey = examples.survey
+    longest = examples.encoder.max_length
+    pairs = [
+        ("data", f"{len(examples):,} examples, {survey.tokens:,} tokens"),
+        ("loss on", f"{examples.encoder.trained_on}: {survey.scored:,} tokens"),
+    ]
+    if survey.cut:
+        pairs.append(("cut", f"{survey.cut:,} examples to their first {longest} tokens (--max-length)"))
+    if survey.bad:
+        pairs.append(("left out", f"{survey.bad:,} records"))
+    facts(console, pairs)
+    for sentence in survey.named:
+        console.print(f"  [dim]{escape(sentence)}[/dim]", highlight=False)
+    if survey.bad > len(survey.named):
+        console.print(f"  [dim]and {survey.bad - len(survey.named):,} more[/dim]", highlight=False)

@@ -1,0 +1,62 @@
+"""What `gradsift select` writes: the chosen records, best first, as JSONL ready to train on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from gradsift.bindings.data import Dataset
+from gradsift.bindings.workspace import Workspace
+from gradsift.engine.select import Selection, select
+from gradsift.kernels.errors import DataError
+
+__all__ = ["parse_budget", "write_selection"]
+
+
+def parse_budget(text: str, examples: int) -> int:
+    """A budget as a user writes it: ``5%``, ``0.05`` or ``200``.
+
+    Returns:
+        number of examples, at least 1.
+
+    Raises:
+        DataError: it is none of these, or more than there is.
+    """
+    number = text.strip().removesuffix("%")
+    try:
+        value = float(number)
+    except ValueError:
+        value = -1.0
+    if text.strip().endswith("%"):
+        value *= examples / 100
+    elif "." in number and 0 < value <= 1:
+        value *= examples
+    if not 0 < value <= examples:
+        raise DataError(f"budget is '{text}', expected such as 5%, 0.05 or a number up to {examples}")
+    return max(1, round(value))
+
+
+def write_selection(space: Workspace, targets: Dataset, budget: int, scorer: str, out: Path) -> Selection:
+    """Select and write; the file appears whole or not at all.
+
+    Each line is the record as it was, with ``id`` and ``score`` (``gradsift_score`` where the record has a
+    score of its own).
+    """
+    chosen = select(
+        space.store,
+        space.capture(targets),
+        budget,
+        scorer=cast(Literal["fisher", "dot", "cosine"], scorer),
+    )
+    part = out.with_name(out.name + ".part")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with part.open("w", encoding="utf-8") as file:
+        for row, score in zip(chosen.rows.tolist(), chosen.scores.tolist(), strict=True):
+            index = space.index(row)
+            record: dict[str, Any] = space.data.record(index)
+            name = "gradsift_score" if "score" in record else "score"
+            line = {"id": space.data.id(index), **record, name: score}
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    part.replace(out)
+    return chosen
