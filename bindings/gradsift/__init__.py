@@ -26,6 +26,7 @@ _HOMES = {
     "SketchSpec": "gradsift.kernels.spec",
     "SpecError": "gradsift.kernels.errors",
     "StoreError": "gradsift.kernels.errors",
+    "check": "gradsift.engine.check",
     "extract": "gradsift.engine.extract",
     "gradient": "gradsift.engine.gradient",
     "losses": "gradsift.engine",
@@ -48,6 +49,7 @@ __all__ = [
     "SketchSpec",
     "SpecError",
     "StoreError",
+    "check",
     "extract",
     "gradient",
     "losses",
@@ -61,6 +63,7 @@ __all__ = [
 if TYPE_CHECKING:
     from gradsift.engine import losses
     from gradsift.engine.capture import Capture
+    from gradsift.engine.check import check
     from gradsift.engine.extract import extract
     from gradsift.engine.features import Features
     from gradsift.engine.gradient import gradient
