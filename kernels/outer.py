@@ -15,16 +15,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from gradsift.kernels.errors import BackendError, ShapeError
 from gradsift.kernels.hashing import buckets_and_signs, matrix_shape
-from gradsift.kernels.sketch import identity_offset
+from gradsift.kernels.sketch import identity_offset, sketch_matrix
 from gradsift.kernels.spec import SketchSpec
 
-__all__ = ["BACKENDS", "sketch_outer"]
+__all__ = ["BACKENDS", "sketch_outer", "sketch_outer_reference"]
 
 BACKENDS = ("auto", "torch", "triton", "triton-atomic")
 
@@ -32,6 +33,17 @@ _CHUNK = 1 << 24
 """Gradient entries that the torch path holds at once: 64 MiB of float32."""
 
 _LOW_PRECISION = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def sketch_outer_reference(
+    x: Tensor, g: Tensor, offsets: Sequence[int], spec: SketchSpec, name: str, shape: tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
+    """The definition, one example at a time in float64: sketch (n, dim) and squared norm (n,); for tests."""
+    matrix = sketch_matrix(spec, name, shape).double()
+    x, g = x.detach().double(), g.detach().double()
+    grads = [g[a:b].t() @ x[a:b] for a, b in pairwise(offsets)]
+    flat = torch.stack(grads).flatten(1).to(matrix.device)
+    return flat @ matrix.t(), flat.square().sum(1)
 
 
 def sketch_outer(

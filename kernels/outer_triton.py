@@ -151,7 +151,7 @@ def _tile_kernel(
         thin_ptrs += tl.cast(BLOCK_T, tl.int64) * stride_tt
 
     if HAS_NORM:
-        square = tl.sum(tl.sum(acc * acc, axis=1), axis=0)
+        square = tl.sum(acc * acc)  # axis by axis, triton 3.6 fails to compile for sm_100
         if ATOMIC:
             tl.atomic_add(partial_ptr + example, square.to(partial_ptr.dtype.element_ty))
         else:
