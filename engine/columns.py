@@ -76,7 +76,7 @@ class Column:
             body = memoryview(bytes(VLenUTF8().encode(values)))
         else:
             little = np.ascontiguousarray(values, dtype=np.dtype(self.dtype).newbyteorder("<"))
-            body = memoryview(little.reshape(-1).view(np.uint8))
+            body = little.reshape(-1).view(np.uint8).data
         return [body, memoryview(_checksum(np.frombuffer(body, np.uint8)))]
 
     def read(self, root: Path, index: int) -> np.ndarray:
@@ -140,7 +140,7 @@ class Column:
 
     def _verify(self, root: Path, index: int, data: np.ndarray) -> None:
         if _checksum(data[:-_CHECKSUM]) != data[-_CHECKSUM:].tobytes():
-            raise StoreError(f"{self.file(root, index)} is corrupted, its checksum differs: {_REPAIR}")
+            raise StoreError(f"{self.file(root, index)} is truncated or corrupted, its checksum differs: {_REPAIR}")
 
     def metadata(self, rows: int) -> bytes:
         """The array's zarr.json when it holds ``rows`` rows, as zarr-python writes it."""

@@ -32,11 +32,11 @@ def batch_hash(batch: Mapping[str, Any]) -> bytes:
 
 def _feed(digest: hashlib.blake2b, value: Any, where: str) -> None:
     if isinstance(value, Tensor):
-        data = value.detach().cpu().contiguous()
-        _feed_array(digest, str(data.dtype).removeprefix("torch."), tuple(data.shape), _bytes_of(data))
+        tensor = value.detach().cpu().contiguous()
+        flat = tensor.reshape(-1).view(torch.uint8).numpy()
+        _feed_array(digest, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), flat)
     elif isinstance(value, np.ndarray) and value.dtype != object:
-        data = np.ascontiguousarray(value)
-        _feed_array(digest, data.dtype.name, data.shape, data.tobytes())
+        _feed_array(digest, value.dtype.name, value.shape, value.tobytes())
     elif isinstance(value, Mapping):
         digest.update(b"{%d" % len(value))
         for key in sorted(value, key=str):
@@ -61,10 +61,6 @@ def _feed(digest: hashlib.blake2b, value: Any, where: str) -> None:
 def _feed_array(digest: hashlib.blake2b, dtype: str, shape: tuple[int, ...], data: Any) -> None:
     digest.update(f"<{dtype}{list(shape)}".encode())
     digest.update(data)
-
-
-def _bytes_of(data: Tensor) -> np.ndarray:
-    return data.reshape(-1).view(torch.uint8).numpy()
 
 
 def adapter_fingerprint(parameters: Mapping[str, Tensor]) -> str:

@@ -105,7 +105,7 @@ class FeatureArray:
         values = self._values.map(self._root, block)[rows]
         if self._scale is not None:
             values = from_half(values, self._scale.map(self._root, block)[rows])
-        return values[:, 0] if self._one_part else values
+        return np.asarray(values[:, 0] if self._one_part else values)
 
 
 class Ids(Sequence[Any]):
@@ -131,8 +131,8 @@ class Ids(Sequence[Any]):
             return value if isinstance(value, str) else int(value)
         rows = np.arange(self._rows)[key if isinstance(key, slice) else np.asarray(key)]
         out = np.empty(rows.shape, dtype=object if self._column.dtype == "string" else np.int64)
-        for place, row in np.ndenumerate(rows):
-            out[place] = self[int(row)]
+        for place, wanted in enumerate(rows.flat):
+            out.flat[place] = self[int(wanted)]
         return out
 
     def __iter__(self) -> Iterator[Any]:
