@@ -171,7 +171,7 @@ def extract(
     from gradsift.kernels.spec import SketchSpec
 
     spec = SketchSpec(dim=dim, seed=seed)
-    _hush()
+    hush()
     loaded = load(model, adapter, tokenizer=tokenizer, dtype=dtype and dtype.value, device=device)
     with _reading() as progress:
         examples = Dataset.open(
@@ -374,7 +374,7 @@ def _quiet() -> None:
         warnings.simplefilter("ignore")
 
 
-def _hush() -> None:
+def hush() -> None:
     """No progress bars of transformers: what it loads in is not what the user waits for."""
     noise = require("transformers").utils.logging
     noise.set_verbosity_error()
@@ -386,7 +386,7 @@ def _workspace(store: Path, model: str | None, adapter: str | None, train: str |
     from gradsift.engine.store import FeatureStore
 
     opened = FeatureStore.open(store)
-    _hush()
+    hush()
     notes = Notes(model, train, adapter) if model and train else remembered(opened)
     moved = {"model": model, "adapter": adapter, "data": train}
     notes = replace(notes, **{name: place for name, place in moved.items() if place is not None})
