@@ -265,7 +265,7 @@ def sketch_outer_triton(
             "or set TRITON_INTERPRET=1 before Python starts"
         )
     if INTERPRETED:  # it computes on the bits of bfloat16 as if they were integers
-        x, g = x.detach().to(torch.float32), g.detach().to(torch.float32)
+        x, g = (t.float() if t.dtype == torch.bfloat16 else t for t in (x.detach(), g.detach()))
     p, q = g.shape[-1], x.shape[-1]
     long, thin = (x, g) if p <= q else (g, x)
     aligned = _aligned(long)
