@@ -78,12 +78,12 @@ class Extraction:
                     plan.add(number, n)
                 first += n
                 clock.tick(first, n if computed else 0, tokens_in(batch) if computed else 0)
-            for index, rows in writer.committed.items():
-                if index * column.block + rows > first:
-                    raise StoreError(
-                        f"the data ends after {first} examples but {self.store.root} was begun with more: "
-                        "give the same data, or extract to another path"
-                    )
+            ends = [index * column.block + rows for index, rows in writer.committed.items()]
+            if first < max([*ends, self.store.description["rows"] or 0]):
+                raise StoreError(
+                    f"the data ends after {first} examples but {self.store.root} was begun with more: "
+                    "give the same data, or extract to another path"
+                )
             writer.finish(first)
         return first
 
@@ -218,6 +218,7 @@ class _Memo:
         self._rows = store.column("batch_rows")
         self._hash = store.column("batch_hash")
         self._committed = committed
+        self._end: int | None = store.description["rows"]
         self._block = -1
         self._cached: tuple[np.ndarray, np.ndarray]
 
@@ -228,9 +229,9 @@ class _Memo:
             StoreError: the store ends before this row.
         """
         block, place = divmod(row, self._rows.block)
-        if block not in self._committed:
+        if block not in self._committed and not (self._end is not None and row >= self._end):
             return None
-        if place >= self._committed[block]:
+        if place >= self._committed.get(block, 0):
             raise StoreError(
                 f"{self._root} was made from {row} examples and the data has more: "
                 "give the same data, or extract to another path"

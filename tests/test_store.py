@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,13 @@ from toy import ROWS, SPEC, expected, toy_batches, toy_extract, tree
 import gradsift as gs
 from gradsift.engine.columns import Column
 from gradsift.engine.half import from_half, to_half
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _fast_disk() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
 
 
 @pytest.fixture(scope="module")
