@@ -32,6 +32,7 @@ class Features:
             not known (a parameter used in several backward passes).
         spec: the projection.
         table: the captured parameters.
+        loss_kind: what a store calls the loss (its ``kind``, else its name); None under a tap.
     """
 
     values: Tensor
@@ -39,6 +40,7 @@ class Features:
     grad_norm: Tensor
     spec: SketchSpec
     table: tuple[TableRow, ...]
+    loss_kind: str | None = None
 
 
 def table_difference(got: Sequence[TableRow], expected: Sequence[TableRow]) -> str | None:

@@ -1,0 +1,184 @@
+"""The best rows of a store for each direction, in one streamed pass: float32 finds, float64 decides.
+
+A float32 product of a row and a direction is off by at most gamma |row| |direction|, gamma = d u / (1 - d u) for d
+terms and u = 2**-24. Every row whose score may be among the k best by that bound is scored again in float64, one row
+at a time in a fixed order of summation, and ties go to the lower row. So rows and scores are the same for any block
+size and number of threads.
+
+Source: Higham 2002, Accuracy and Stability of Numerical Algorithms, section 3.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradsift.kernels.errors import StoreError
+
+__all__ = ["Best", "RowStore", "scan"]
+
+_BLOCK_ROWS = 2048
+"""Rows of one product at most: enough for full speed, few enough that scores stay in cache."""
+
+_EXACT_NUMBERS = 1 << 20
+"""Numbers of candidates that are held in float64 at a time: 8 MiB."""
+
+_OPERAND_ROUNDING = {"highest": 0.0, "high": 2.0**-11, "medium": 2.0**-8}
+"""What torch's float32 matmul precision may do to an operand before it multiplies."""
+
+
+class RowStore(Protocol):
+    """What retrieval needs of a store; ``FeatureStore`` is one."""
+
+    @property
+    def ids(self) -> Any:
+        """n ids, indexable by row."""
+
+    @property
+    def grad_norm(self) -> Any:
+        """Array-like (n,): exact gradient norms, NaN where not known."""
+
+    def __len__(self) -> int: ...
+
+    def blocks(self) -> Iterator[tuple[int, Tensor]]:
+        """(first row, float32 features (rows, dim)), in order, covering every row."""
+
+
+class Best(NamedTuple):
+    """The best rows of each direction, best first: scores float64 and rows int64, each (g, m)."""
+
+    scores: np.ndarray
+    rows: np.ndarray
+
+
+def scan(
+    store: RowStore,
+    directions: Tensor,
+    k: int,
+    *,
+    norms: np.ndarray,
+    unit: bool = False,
+    together: bool = False,
+    skip: np.ndarray | None = None,
+    memory: int,
+) -> Best:
+    """The k rows of largest inner product with each direction.
+
+    Args:
+        directions: float64, shape (q, dim), none of length 0.
+        norms: float32 (n,), exact gradient norms of the rows; NaN where not known.
+        unit: divide each row by its norm; a row of norm 0 scores 0.
+        together: one answer instead of q: a row's score is its largest over the directions.
+        skip: bool (n,), rows that are left out.
+        memory: bytes that products and candidates may take; at least one row is worked on at a time.
+
+    Returns:
+        (q, m) or, together, (1, m), m = min(k, rows that are not left out).
+
+    Raises:
+        StoreError: a score is not finite.
+    """
+    search = _Search(directions, k, unit=unit, together=together)
+    # Five float32 and two 8-byte numbers per score, and a copy of the rows where the store makes one.
+    at_once = int(min(_BLOCK_ROWS, max(1, memory // (4 * directions.shape[1] + 36 * len(directions)))))
+    for first, whole in store.blocks():
+        for offset in range(0, len(whole), at_once):
+            block = whole[offset : offset + at_once]
+            start = first + offset
+            inside = slice(start, start + len(block))
+            broken = search.add(
+                start, block, torch.from_numpy(norms[inside]), None if skip is None else torch.from_numpy(skip[inside])
+            )
+            if broken is not None:
+                raise StoreError(
+                    f"row {broken} (id {store.ids[broken]!r}) gives a score that is not finite, "
+                    "expected finite features: extract it again"
+                )
+    return Best(np.stack([p.scores for p in search.pools]), np.stack([p.rows for p in search.pools]))
+
+
+class _Search:
+    """The best rows so far, one pool per answer, with exact scores."""
+
+    def __init__(self, directions: Tensor, k: int, *, unit: bool, together: bool):
+        count, dim = directions.shape
+        self.k, self.unit, self.together = k, unit, together
+        self.exact = directions.numpy()
+        length = torch.linalg.vector_norm(directions, dim=1)
+        # Unit directions keep float32 products away from underflow and the bound free of |direction|.
+        self.fast = (directions / length[:, None]).to(torch.float32)
+        # Together, directions of different length compete, so they keep their relative lengths.
+        self.relative = (length / length.max()).to(torch.float32)[:, None] if together else None
+        self.scale = length.max().view(1) if together else length
+        roundoff = dim * 2.0**-24
+        operands = 2 * _OPERAND_ROUNDING[torch.get_float32_matmul_precision()]
+        # 2**-22 covers the float32 rounding of directions, scales and thresholds.
+        self.gamma = roundoff / (1 - roundoff) + operands + 2.0**-22
+        self.pools = [Best(np.empty(0), np.empty(0, np.int64)) for _ in range(1 if together else count)]
+
+    def add(self, start: int, block: Tensor, norms: Tensor, skip: Tensor | None) -> int | None:
+        """Take in the rows of a block; the first row whose score is not finite, if there is one."""
+        score = torch.matmul(self.fast, block.T)
+        finite = torch.isfinite(score)
+        if not bool(finite.all()):
+            return start + int((~finite).any(dim=0).nonzero()[0])
+        slack = self.gamma * self._reach(block, norms)
+        if self.unit:
+            weight = torch.where(norms > 0, 1 / norms, 0.0)
+            score, slack = score * weight, slack * weight
+        low, high = score - slack, score + slack
+        if self.relative is not None:
+            low, high = low * self.relative, high * self.relative
+        each = high
+        if self.together:
+            low, high = low.amax(dim=0, keepdim=True), high.amax(dim=0, keepdim=True)
+        allowed = torch.ones(len(block), dtype=torch.bool) if skip is None else ~skip
+        chosen = (high >= self._floor(low.where(allowed, -torch.inf))[:, None]) & allowed
+        for g in chosen.any(dim=1).nonzero()[:, 0].tolist():
+            local = chosen[g].nonzero()[:, 0]
+            if self.together:
+                pair, query = (each[:, local] >= low[0, local]).T.nonzero(as_tuple=True)
+            else:
+                pair, query = torch.arange(len(local)), torch.full((len(local),), g)
+            exact = np.full(len(local), -np.inf)
+            np.maximum.at(exact, pair.numpy(), self._products(block, local[pair], query))
+            if self.unit:
+                size = norms[local].numpy().astype(np.float64)
+                exact = np.divide(exact, size, out=np.zeros_like(exact), where=size > 0)
+            self._merge(g, exact, start + local.numpy())
+        return None
+
+    def _reach(self, block: Tensor, norms: Tensor) -> Tensor:
+        """An upper bound of the rows' lengths: twice the exact norm leaves all the room that sketch noise needs."""
+        unknown = norms.isnan()
+        if not bool(unknown.any()):
+            return 2 * norms
+        return torch.where(unknown, torch.linalg.vector_norm(block, dim=1), 2 * norms)
+
+    def _floor(self, low: Tensor) -> Tensor:
+        """What a score must be able to reach, per answer: the k-th best of the pool, or of this block by its bound."""
+        full = [p.scores[-1] if len(p.scores) == self.k else -np.inf for p in self.pools]
+        floor = (torch.tensor(full, dtype=torch.float64) / self.scale).to(torch.float32)
+        if low.shape[1] >= self.k:
+            floor = torch.maximum(floor, low.topk(self.k, dim=1).values[:, -1])
+        return floor
+
+    def _products(self, block: Tensor, rows: Tensor, queries: Tensor) -> np.ndarray:
+        """Float64 inner products of (row, query) pairs; each is summed alone, so its bits depend on nothing else."""
+        out = np.empty(len(rows))
+        step = max(1, _EXACT_NUMBERS // block.shape[1])
+        for i in range(0, len(rows), step):
+            part = slice(i, i + step)
+            x = block[rows[part]].to(torch.float64).numpy()
+            out[part] = (x * self.exact[queries[part].numpy()]).sum(axis=1)
+        return out
+
+    def _merge(self, g: int, scores: np.ndarray, rows: np.ndarray) -> None:
+        pool = self.pools[g]
+        scores, rows = np.concatenate([pool.scores, scores]), np.concatenate([pool.rows, rows])
+        order = np.lexsort((rows, -scores))[: self.k]
+        self.pools[g] = Best(scores[order], rows[order])
