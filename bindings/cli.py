@@ -362,16 +362,17 @@ def _fail(sentence: str, code: int) -> None:
 
 
 def _quiet() -> None:
-    """Notes of this library go to stderr, one a line; those of others only when they are errors."""
-    from rich.logging import RichHandler
-
-    handler = RichHandler(
-        console=Console(stderr=True, soft_wrap=True), show_time=False, show_path=False, show_level=True
-    )
-    logging.basicConfig(level=logging.ERROR, format="%(message)s", handlers=[handler])
+    """Warnings of this library go to stderr, one a line; those of others only when they are errors."""
+    logging.basicConfig(level=logging.ERROR, format="%(message)s", handlers=[_Notes()])
     logging.getLogger("gradsift").setLevel(logging.WARNING)
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
+
+
+class _Notes(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        console = Console(stderr=True, highlight=False, soft_wrap=True)
+        console.print(f"[yellow]note[/yellow]   {escape(self.format(record))}")
 
 
 def hush() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 from array import array
 from collections.abc import Sequence
 from mmap import ACCESS_READ, mmap
@@ -99,6 +100,8 @@ class Table:
     def __init__(self, path: Path) -> None:
         datasets = require("datasets")
         self._path = path
+        verbosity = datasets.logging.get_verbosity()
+        datasets.logging.set_verbosity(logging.CRITICAL)
         datasets.disable_progress_bars()
         options: dict[str, Any] = {}
         if path.suffix.lower() == ".csv":
@@ -112,11 +115,12 @@ class Table:
         try:
             loader = "csv" if path.suffix.lower() == ".csv" else "parquet"
             self._rows = datasets.load_dataset(loader, data_files=str(path), split="train", **options)
-        except datasets.exceptions.DatasetGenerationError as error:
+        except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
             cause = str(error.__cause__ or error).strip().splitlines()[0]
             raise DataError(f"{path.name} cannot be read as {loader}: {cause}") from None
         finally:
             datasets.enable_progress_bars()
+            datasets.logging.set_verbosity(verbosity)
 
     def __len__(self) -> int:
         return len(self._rows)
