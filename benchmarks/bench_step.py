@@ -1,0 +1,156 @@
+"""A row against an ordinary training step: extraction, tap, the floor, and the loops that research scripts run."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from paired import FULL, paired
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import gradsift as gs
+
+EXAMPLES, TOKENS = (8, 256) if FULL else (2, 16)
+ROUNDS = 15 if FULL else 2
+DIM = 4096
+MAPS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+CASE = f"step: Llama {'256 x 6' if FULL else '32 x 2'}, r = 16 on all linear maps, {EXAMPLES} x {TOKENS} tokens"
+
+
+class Setup:
+    """One model and batch; each provider is a method that does one unit of work."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        width, depth = (256, 6) if FULL else (32, 2)
+        config = LlamaConfig(
+            vocab_size=2048 if FULL else 97,
+            hidden_size=width,
+            intermediate_size=width * 8 // 3 // 16 * 16,
+            num_hidden_layers=depth,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+        )
+        self.model = get_peft_model(LlamaForCausalLM(config), LoraConfig(r=16, target_modules=MAPS)).train()
+        for name, parameter in self.model.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter, std=0.02)
+        self.trainable = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        self.batch = {"input_ids": torch.randint(0, config.vocab_size, (EXAMPLES, TOKENS))}
+        self.loss = gs.losses.language_model
+        self.spec = gs.SketchSpec(dim=DIM)
+        self.capture = gs.Capture(self.model, self.spec)
+
+    def step(self) -> None:
+        """Forward, backward with weight gradients; no optimizer."""
+        for parameter in self.trainable.values():
+            parameter.grad = None
+        self.loss(self.model, self.batch).sum().backward()
+
+    def extraction(self) -> Tensor:
+        return self.capture(self.batch, self.loss).values
+
+    def tap(self) -> Tensor:
+        for parameter in self.trainable.values():
+            parameter.grad = None
+        with self.capture.tap() as tap:
+            self.loss(self.model, self.batch).sum().backward()
+        return tap.values
+
+    def floor(self) -> None:
+        """Forward and backward without weight gradients: what any extraction must spend."""
+        for parameter in self.trainable.values():
+            parameter.requires_grad_(False)
+        embeddings = self.model.get_input_embeddings()
+        handle = embeddings.register_forward_hook(lambda _, __, output: output.requires_grad_(True))
+        try:
+            self.loss(self.model, self.batch).sum().backward()
+        finally:
+            handle.remove()
+            for parameter in self.trainable.values():
+                parameter.requires_grad_(True)
+
+    def loop(self, project: Callable[[list[Tensor]], Tensor]) -> Tensor:
+        """Batch-1 autograd with a projection of the whole gradient."""
+        rows = []
+        for i in range(EXAMPLES):
+            loss = self.loss(self.model, {"input_ids": self.batch["input_ids"][i : i + 1]}).sum()
+            rows.append(project(list(torch.autograd.grad(loss, list(self.trainable.values())))))
+        return torch.stack(rows)
+
+
+class DenseProjection:
+    """+-1 entries drawn block by block, as research scripts do when the matrix does not fit."""
+
+    block = 8192
+
+    def __call__(self, grads: list[Tensor]) -> Tensor:
+        flat = torch.cat([grad.reshape(-1) for grad in grads])
+        generator = torch.Generator().manual_seed(0)
+        row = torch.zeros(DIM)
+        for part in flat.split(self.block):
+            signs = torch.randint(0, 2, (DIM, len(part)), generator=generator, dtype=torch.int8)
+            row += (signs.float() * 2 - 1) @ part
+        return row / DIM**0.5
+
+
+class CountSketch:
+    """One fully random bucket and sign per number: stored, so as fast as the loop can be."""
+
+    def __init__(self, size: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.bucket = torch.randint(0, DIM, (size,), generator=generator)
+        self.sign = torch.randint(0, 2, (size,), generator=generator).float() * 2 - 1
+
+    def __call__(self, grads: list[Tensor]) -> Tensor:
+        flat = torch.cat([grad.reshape(-1) for grad in grads])
+        return torch.zeros(DIM).index_add_(0, self.bucket, flat * self.sign)
+
+
+def gram_error(rows: Tensor, exact: Tensor) -> float:
+    """Relative error of the Gram matrix of the rows."""
+    return float((rows @ rows.T - exact @ exact.T).norm() / (exact @ exact.T).norm())
+
+
+@pytest.fixture(scope="module")
+def setup() -> Setup:
+    return Setup()
+
+
+def exact_gradients(setup: Setup) -> Tensor:
+    return setup.loop(lambda grads: torch.cat([grad.reshape(-1) for grad in grads]))
+
+
+def test_extraction_and_tap(benchmark: Any, setup: Setup) -> None:
+    identity = gs.Capture(setup.model, gs.SketchSpec(kind="identity"))(setup.batch, setup.loss).values
+    assert gram_error(identity, exact_gradients(setup)) <= 1e-5
+    assert (setup.tap() - setup.extraction()).norm() <= 1e-5 * setup.extraction().norm()
+    providers = {"LoRA step": setup.step, "extraction": setup.extraction, "tap": setup.tap, "floor": setup.floor}
+    paired(benchmark, CASE, providers, "LoRA step", ROUNDS)
+
+
+def test_batch_one_loops(benchmark: Any, setup: Setup) -> None:
+    exact = exact_gradients(setup)
+    sketch = CountSketch(exact.shape[1])
+    seeds = range(20 if FULL else 2)
+    captured = [gs.Capture(setup.model, gs.SketchSpec(dim=DIM, seed=s))(setup.batch, setup.loss).values for s in seeds]
+    ours = statistics.fmean(gram_error(rows, exact) for rows in captured)
+    theirs = []
+    for seed in seeds:
+        torch.manual_seed(seed)
+        random = CountSketch(exact.shape[1])
+        random.bucket = torch.randint(0, DIM, random.bucket.shape)
+        random.sign = torch.randint(0, 2, random.sign.shape).float() * 2 - 1
+        theirs.append(gram_error(torch.stack([random([row]) for row in exact]), exact))
+    benchmark.extra_info["gram_error"] = {"extraction": ours, "global CountSketch": statistics.fmean(theirs)}
+    providers: dict[str, Callable[[], object]] = {
+        "extraction": setup.extraction,
+        "batch-1 loop, dense projection": lambda: setup.loop(DenseProjection()),
+        "batch-1 loop, CountSketch": lambda: setup.loop(sketch),
+    }
+    paired(benchmark, CASE, providers, "extraction", 3 if FULL else 1)
