@@ -22,7 +22,7 @@ from torch import Tensor
 
 from gradsift.kernels.errors import BackendError, ShapeError
 from gradsift.kernels.hashing import buckets_and_signs, matrix_shape
-from gradsift.kernels.sketch import identity_offset, sketch_matrix
+from gradsift.kernels.sketch import identity_offset, sketch_dense
 from gradsift.kernels.spec import SketchSpec
 
 __all__ = ["BACKENDS", "sketch_outer", "sketch_outer_reference"]
@@ -39,11 +39,11 @@ def sketch_outer_reference(
     x: Tensor, g: Tensor, offsets: Sequence[int], spec: SketchSpec, name: str, shape: tuple[int, ...]
 ) -> tuple[Tensor, Tensor]:
     """The definition, one example at a time in float64: sketch (n, dim) and squared norm (n,); for tests."""
-    matrix = sketch_matrix(spec, name, shape).double()
     x, g = x.detach().double(), g.detach().double()
-    grads = [g[a:b].t() @ x[a:b] for a, b in pairwise(offsets)]
-    flat = torch.stack(grads).flatten(1).to(matrix.device)
-    return flat @ matrix.t(), flat.square().sum(1)
+    grads = torch.stack([g[a:b].t() @ x[a:b] for a, b in pairwise(offsets)]).flatten(1)
+    out = grads.new_zeros(len(grads), spec.dim)
+    sketch_dense(grads, spec, name, shape, out)
+    return out, grads.square().sum(1)
 
 
 def sketch_outer(
