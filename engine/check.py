@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
 from itertools import islice
 from typing import Any
@@ -105,7 +105,13 @@ def check(
         allow_idle=tuple(allow_idle),
         seconds=seconds,
     )
-    run = _Run(progress or (lambda _: None))
+    with _muted():
+        return _report(case, chosen, modules != "lora", progress or (lambda _: None))
+
+
+def _report(case: Case, chosen: check_model.Selection, explicit: bool, progress: Callable[[str], None]) -> Report:
+    """Run everything, one check after another."""
+    run = _Run(progress)
     run("loss", lambda: check_loss.loss(case))
     run("labels", lambda: check_loss.labels(case))
     run("adapter", lambda: check_model.adapter(case))
@@ -114,10 +120,10 @@ def check(
         run("maps", chosen.result)
         run.skip("a loss that passes" if run.failed("loss") else "a map that can be captured")
     else:
-        uncovered = _about_rows(run, case, chosen, modules != "lora")
+        uncovered = _about_rows(run, case, chosen, explicit)
     shown = None if run.failed("loss") else check_loss.shown(case)
     results = tuple(run.results[name] for name in CHECKS)
-    return Report(results, _kinds(case, run), uncovered, shown, (n, sum(n for _, n in ranked)))
+    return Report(results, _kinds(case, run), uncovered, shown, (len(case.singles), sum(n for _, n in case.pool)))
 
 
 def _about_rows(run: _Run, case: Case, chosen: check_model.Selection, explicit: bool) -> dict[str, float]:
@@ -136,6 +142,20 @@ def _about_rows(run: _Run, case: Case, chosen: check_model.Selection, explicit: 
         run("precision", lambda: check_retrieval.precision(case))
         run("sketch", lambda: check_retrieval.sketch(case))
     return uncovered
+
+
+@contextmanager
+def _muted() -> Iterator[None]:
+    """What captures would log each time they are made is in the report."""
+    loggers = [logging.getLogger(f"gradsift.engine.{name}") for name in ("capture", "gradient", "tap")]
+    before = [logger.disabled for logger in loggers]
+    for muted in loggers:
+        muted.disabled = True
+    try:
+        yield
+    finally:
+        for muted, flag in zip(loggers, before, strict=True):
+            muted.disabled = flag
 
 
 class _Run:

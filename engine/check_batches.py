@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gradsift.kernels.errors import DataError
 
-__all__ = ["Batch", "segments_of", "take", "without_padding"]
+__all__ = ["Batch", "cast", "segments_of", "take", "without_padding"]
 
 Batch = Any
 """A mapping as ``extract`` takes it; or a tensor, or a list or tuple of tensors."""
@@ -81,6 +81,11 @@ def without_padding(batch: Batch) -> Batch:
             kept = columns.nonzero().flatten()
             trimmed[key] = value[:, int(kept[0]) : int(kept[-1]) + 1]
     return trimmed
+
+
+def cast(batch: Batch, dtype: torch.dtype) -> Batch:
+    """The batch with its floating-point tensors in another dtype."""
+    return _over(batch, lambda v: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v)
 
 
 def _over(batch: Batch, part: Any) -> Batch:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gradsift.engine.capture import LossFunction
 from gradsift.engine.check_batches import Batch, segments_of
-from gradsift.engine.check_parts import PartCapture, Parts, kind_of, sketched
+from gradsift.engine.check_parts import PartCapture, Parts, kind_of, sketched, trainable
 from gradsift.engine.gradient import gradient
 from gradsift.engine.maps import Map, Modules
 from gradsift.kernels.spec import SketchSpec
@@ -84,7 +84,9 @@ class Case:
 
     def autograd(self, batch: Batch) -> dict[str, Tensor]:
         """S times autograd's gradient of the batch's summed loss: {parameter: (dim,)}."""
-        return sketched(gradient(self.model, batch, self.loss_fn, self.modules), self.spec)
+        captured = [parameter for found in self.maps for parameter in found.parameters.values()]
+        with trainable(self.model, captured):
+            return sketched(gradient(self.model, batch, self.loss_fn, self.modules), self.spec)
 
     def kinds(self, parameters: dict[str, float], reduce: Callable[[list[float]], float] = max) -> dict[str, float]:
         """Numbers of parameters gathered by kind of map."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from glob import escape
 from time import perf_counter
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from gradsift.engine.check_batches import segments_of
+from gradsift.engine.check_batches import cast, segments_of
 from gradsift.engine.check_case import Case
 from gradsift.engine.check_parts import PartCapture, in_dtype, kind_of, repeatable
 from gradsift.engine.check_report import Result
@@ -150,21 +151,12 @@ def _both(
         with repeatable(case.model):
             here.append(case.parts(batch, by_kind=True).rows)
         with repeatable(case.model), in_dtype(changed, dtype):
-            there.append(case.parts(_cast(batch, dtype), by_kind=True).rows)
+            there.append(case.parts(cast(batch, dtype), by_kind=True).rows)
         if perf_counter() - begun > case.seconds / 2:
             break
     kinds = [kind for kind in here[0] if all(kind in rows for rows in here + there)]
     first, second = ({kind: torch.cat([rows[kind] for rows in all_]) for kind in kinds} for all_ in (here, there))
     return first, second, len(next(iter(first.values())))
-
-
-def _cast(batch: object, dtype: torch.dtype) -> object:
-    """Floating-point inputs in the dtype of the weights."""
-    if isinstance(batch, dict):
-        return {key: _cast(value, dtype) for key, value in batch.items()}
-    if isinstance(batch, Tensor) and batch.dtype in (torch.float32, torch.float16, torch.bfloat16):
-        return batch.to(dtype)
-    return batch
 
 
 def _fitting(maps: list[Map], numbers: int) -> list[Map]:
@@ -175,8 +167,6 @@ def _fitting(maps: list[Map], numbers: int) -> list[Map]:
 
 
 def _exact_and_sketched(case: Case, maps: list[Map]) -> tuple[_Rows, _Exact]:
-    from glob import escape
-
     modules = case.modules if len(maps) == len(case.maps) else [escape(found.name) for found in maps]
     exact = PartCapture(case.model, SketchSpec(kind="identity"), modules, case.backend)
     short = PartCapture(case.model, case.spec, modules, case.backend)

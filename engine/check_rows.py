@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
+from gradsift.engine.batches import tokens_in
 from gradsift.engine.capture import Capture
 from gradsift.engine.check_batches import segments_of
 from gradsift.engine.check_case import Case
@@ -101,7 +104,7 @@ def batch(case: Case) -> tuple[Result, PerKind]:
         return Result(
             "batch",
             "ok",
-            f"an example has the same row alone and among {len(case.singles)} ({errors[worst]:.0e} apart at {worst})",
+            f"an example has the same row alone and among {_lengths(case)} ({errors[worst]:.0e} apart at {worst})",
             errors[worst],
             limit,
         ), case.kinds(errors)
@@ -154,6 +157,16 @@ def energy(case: Case) -> PerKind:
     squares = case.together.squares
     total = torch.stack(list(squares.values())).sum(0).clamp_min(torch.finfo(torch.float32).tiny)
     return case.kinds({name: float((square / total).mean()) for name, square in squares.items()}, sum)
+
+
+def _lengths(case: Case) -> str:
+    """How many examples, and of how many tokens where that is known."""
+    tokens = [tokens_in(single) for single in case.singles if isinstance(single, Mapping)]
+    if not any(tokens):
+        return str(len(case.singles))
+    if min(tokens) == max(tokens):
+        return f"{len(tokens)} of the same length, so no padding was tried"
+    return f"{len(tokens)} of {min(tokens)} to {max(tokens)} tokens"
 
 
 def _tapped(case: Case) -> float | str:
