@@ -1,0 +1,69 @@
+"""The house: layers import downwards only, the package list is complete, and importing is cheap."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LEVELS = {"gradsift.kernels": 0, "gradsift.engine": 1, "gradsift.bindings": 2, "gradsift": 3}
+FOLDERS = {"kernels": 0, "engine": 1, "bindings": 2}
+
+
+def sources() -> list[Path]:
+    return [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py") if path.parent.name != "gradsift"]
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path}: relative import"
+            found.add(node.module)
+    return found
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_down(path: Path) -> None:
+    level = FOLDERS[path.relative_to(ROOT).parts[0]]
+    for name in imports(path):
+        package = next((p for p in LEVELS if name == p or (p != "gradsift" and name.startswith(p + "."))), None)
+        assert package is None or LEVELS[package] <= level or (package == "gradsift" and level == 2), f"{path}: {name}"
+
+
+def test_package_list_is_complete() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    expected = {"gradsift"}
+    for folder in FOLDERS:
+        for path in (ROOT / folder).rglob("*.py"):
+            if path.parent.name != "gradsift":
+                expected.add("gradsift." + ".".join(path.parent.relative_to(ROOT).parts))
+    assert set(settings["packages"]) == expected
+
+
+def test_import_loads_neither_zarr_nor_triton_and_costs_little() -> None:
+    code = (
+        "import json, sys, time, torch; start = time.process_time(); import gradsift; gradsift.Capture; "
+        "gradsift.SketchSpec; print(json.dumps([time.process_time() - start, "
+        "[m for m in ('zarr', 'triton', 'transformers', 'peft', 'rich', 'typer') if m in sys.modules]]))"
+    )
+    runs = [
+        json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout)
+        for _ in range(3)
+    ]
+    assert min(seconds for seconds, _ in runs) < 0.1
+    assert all(loaded == [] for _, loaded in runs)
+
+
+def test_every_public_name_exists() -> None:
+    import gradsift
+
+    assert all(getattr(gradsift, name) is not None for name in gradsift.__all__)
