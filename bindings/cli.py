@@ -85,6 +85,13 @@ class Scorer(StrEnum):
     cosine = "cosine"
 
 
+class Reduce(StrEnum):
+    """How scores against several targets become one."""
+
+    max = "max"
+    mean = "mean"
+
+
 class Precision(StrEnum):
     """Numbers of a model."""
 
@@ -168,9 +175,11 @@ def extract(
     from gradsift.bindings.workspace import Notes, absolute
     from gradsift.engine.extract import extract as run
     from gradsift.engine.losses import language_model
+    from gradsift.engine.store_format import read_description
     from gradsift.kernels.spec import SketchSpec
 
     spec = SketchSpec(dim=dim, seed=seed)
+    read_description(out)
     hush()
     loaded = load(model, adapter, tokenizer=tokenizer, dtype=dtype and dtype.value, device=device)
     with _reading() as progress:
@@ -288,6 +297,9 @@ def select(
     ],
     out: Annotated[Path, typer.Option(help="JSONL file to write.", show_default=False)],
     budget: Annotated[str, typer.Option(help="How much to choose: 5%, or a number of examples.")] = "5%",
+    reduce: Annotated[
+        Reduce, typer.Option(help="max lets each target bring in examples of its own; mean wants what helps all.")
+    ] = Reduce.max,
     scorer: Annotated[Scorer, typer.Option(help="As of query.")] = Scorer.fisher,
     model: OtherModel = None,
     adapter: OtherAdapter = None,
@@ -306,13 +318,17 @@ def select(
 
     count = parse_budget(budget, len(FeatureStore.open(store)))
     space = _workspace(store, model, adapter, train, device)
-    chosen = write_selection(space, space.questions(targets), count, scorer.value, out)
+    chosen = write_selection(space, space.questions(targets), count, scorer.value, reduce.value, out)
     best, last = float(chosen.scores[0]), float(chosen.scores[-1])
     if as_json:
-        print(json.dumps({"out": str(out), "chosen": count, "of": len(space.store), "best": best, "last": last}))
+        print(
+            json.dumps(
+                {"out": str(out), "chosen": len(chosen.rows), "of": len(space.store), "best": best, "last": last}
+            )
+        )
     else:
         Console().print(
-            f"[green]done[/green]  {escape(str(out))}: {count:,} of {len(space.store):,} examples, "
+            f"[green]done[/green]  {escape(str(out))}: {len(chosen.rows):,} of {len(space.store):,} examples, "
             f"scores {best:+.4g} to {last:+.4g}"
         )
 

@@ -45,10 +45,10 @@ def print_info(console: Console, store: FeatureStore, verified: bool) -> None:
     found = describe(store)
     notes = found["notes"]
     state = "" if found["complete"] else ", unfinished: run the same extract command again to finish it"
-    state += ", every byte as it was written" if verified else ""
     first, last = store.table[0].name, store.table[-1].name
     pairs = [
         ("store", f"{found['path']}  ({bytes_text(found['bytes'])}{state})"),
+        ("checksums", "every byte is as it was written" if verified else None),
         ("examples", f"{found['examples']:,}"),
         ("sketch", f"{found['dim']} numbers of {found['dtype']}, seed {found['seed']}"),
         ("gradients of", f"{found['numbers']:,} numbers in {found['parameters']} parameters"),

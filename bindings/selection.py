@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from gradsift.bindings.data import Dataset
 from gradsift.bindings.workspace import Workspace
-from gradsift.engine.select import Selection, select
+from gradsift.engine.select import Selection, select, write_jsonl
 from gradsift.kernels.errors import DataError
 
 __all__ = ["parse_budget", "write_selection"]
@@ -37,7 +37,7 @@ def parse_budget(text: str, examples: int) -> int:
     return max(1, round(value))
 
 
-def write_selection(space: Workspace, targets: Dataset, budget: int, scorer: str, out: Path) -> Selection:
+def write_selection(space: Workspace, targets: Dataset, budget: int, scorer: str, reduce: str, out: Path) -> Selection:
     """Select and write; the file appears whole or not at all.
 
     Each line is the record as it was, with ``id`` and ``score`` (``gradsift_score`` where the record has a
@@ -48,15 +48,16 @@ def write_selection(space: Workspace, targets: Dataset, budget: int, scorer: str
         space.capture(targets),
         budget,
         scorer=cast(Literal["fisher", "dot", "cosine"], scorer),
+        reduce=cast(Literal["max", "mean"], reduce),
     )
-    part = out.with_name(out.name + ".part")
     out.parent.mkdir(parents=True, exist_ok=True)
-    with part.open("w", encoding="utf-8") as file:
-        for row, score in zip(chosen.rows.tolist(), chosen.scores.tolist(), strict=True):
-            index = space.index(row)
-            record: dict[str, Any] = space.data.record(index)
-            name = "gradsift_score" if "score" in record else "score"
-            line = {"id": space.data.id(index), **record, name: score}
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    part.replace(out)
+    write_jsonl(out, _lines(space, chosen))
     return chosen
+
+
+def _lines(space: Workspace, chosen: Selection) -> Iterator[dict[str, Any]]:
+    for row, score in zip(chosen.rows.tolist(), chosen.scores.tolist(), strict=True):
+        index = space.index(row)
+        record = space.data.record(index)
+        name = "gradsift_score" if "score" in record else "score"
+        yield {"id": space.data.id(index), **record, name: score}
