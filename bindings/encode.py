@@ -91,8 +91,7 @@ class Encoder:
             raise DataError(f"max length is {self.max_length}, expected at least 2 tokens")
         if self.encoder_decoder and self.form != "prompt":
             raise DataError(
-                f"the model is an encoder-decoder but the data has '{self.form}': "
-                "give 'prompt' and 'completion'"
+                f"the model is an encoder-decoder but the data has '{self.form}': give 'prompt' and 'completion'"
             )
         if self.form == "messages":
             template = getattr(self.tokenizer, "chat_template", None)
@@ -110,19 +109,14 @@ class Encoder:
     @property
     def trained_on(self) -> str:
         """What carries loss, in words for the user."""
-        closing = (
-            " and the end-of-sequence token" if self.eos and self.tokenizer.eos_token_id is not None else ""
-        )
+        closing = " and the end-of-sequence token" if self.eos and self.tokenizer.eos_token_id is not None else ""
         if self.form == "text":
             return f"every token of 'text'{closing}"
         if self.form == "prompt":
             return f"'completion' only{closing}"
         if self.marked:
             return "assistant turns only, as the chat template marks them"
-        return (
-            "assistant turns only, found by rendering prefixes "
-            "(the chat template has no {% generation %} markers)"
-        )
+        return "assistant turns only, found by rendering prefixes (the chat template has no {% generation %} markers)"
 
     def encode(self, records: Sequence[Record]) -> list[Example | DataError]:
         """Tokens of each record, or what is wrong with it (column and cause; the caller knows the place)."""
@@ -162,10 +156,7 @@ class Encoder:
     def _no_loss(self, beyond: int, keep: int) -> str:
         column = {"text": "text", "prompt": "completion", "messages": "messages"}[self.form]
         if beyond:
-            return (
-                f"column '{column}': all {beyond} tokens to train on lie beyond the first {keep}: "
-                "raise --max-length"
-            )
+            return f"column '{column}': all {beyond} tokens to train on lie beyond the first {keep}: raise --max-length"
         cause = "no assistant turn" if self.form == "messages" else "no token that can be predicted"
         return f"column '{column}': {cause}, so there is nothing to train on"
 
@@ -238,9 +229,7 @@ class Encoder:
         special = self.form != "messages"
         if not self._fast:
             return self._tokens_by_prefix(rendered, special)
-        encoding = self.tokenizer(
-            rendered.text, add_special_tokens=special, return_offsets_mapping=True, verbose=False
-        )
+        encoding = self.tokenizer(rendered.text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
         offsets = np.asarray(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2)
         begin, end = offsets[:, 0], np.maximum.accumulate(offsets[:, 1])
         # Tokens without text (added ones, or trimmed whitespace) stand where the text before them ends.
@@ -264,9 +253,7 @@ class Encoder:
         return ids, counted, [self.tokenizer.decode([i]) for i in ids]
 
     def _agree(self, prefix: str, ids: list[int], special: bool) -> int:
-        start = (
-            self.tokenizer(prefix, add_special_tokens=special, verbose=False)["input_ids"] if prefix else []
-        )
+        start = self.tokenizer(prefix, add_special_tokens=special, verbose=False)["input_ids"] if prefix else []
         same = np.asarray([a == b for a, b in zip(start, ids, strict=False)] + [False])
         return int(same.argmin())
 
@@ -294,11 +281,7 @@ def _messages(record: Record) -> list[Record]:
     if not isinstance(value, list) or not value:
         raise DataError(f"column 'messages': {_short(value)}, expected a list of {{role, content}}")
     for i, message in enumerate(value, start=1):
-        if (
-            not isinstance(message, dict)
-            or not isinstance(message.get("role"), str)
-            or "content" not in message
-        ):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
             raise DataError(f"column 'messages': turn {i} is {_short(message)}, expected {{role, content}}")
     # Arrow fills keys that other turns have with null; a template would take them for real.
     return [{k: v for k, v in message.items() if v is not None} for message in value]
