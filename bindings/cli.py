@@ -135,7 +135,7 @@ def extract(
     seed: Annotated[int, typer.Option(help="Of the sketch.")] = 0,
     modules: Annotated[
         list[str] | None,
-        typer.Option(help="Layers to capture: lora, or a glob such as '*.q_proj'; may be repeated.  [default: lora]"),
+        typer.Option(help="Layers to capture: lora, or a glob such as '*.q_proj'; may be repeated.  \\[default: lora]"),
     ] = None,
     curvature: Annotated[
         int, typer.Option(help="Rows of the curvature sample, which the default scorer needs; 0 for none.")
@@ -158,15 +158,16 @@ def extract(
 ) -> None:
     """Sketch the gradient of every training example into a store.
 
-    [bold]gradsift extract --model HuggingFaceTB/SmolLM2-135M --adapter ./adapter --data train.jsonl --out
-    train.zarr[/bold]
+    [bold]gradsift extract --model ./base --adapter ./adapter --data train.jsonl --out train.zarr[/bold]
 
-    Stopped at any moment, the same command goes on where it was. Every line of the data is checked first; a
-    bad one is named by number and column.
+    Every line of the data is checked first; a bad one is named by number and column.
+    Stopped at any moment, the same command goes on where it was.
 
-    [bold]... --data chats.parquet --dim 8192 --store-dtype float16[/bold]   longer rows in half the bytes
+    [dim]longer rows in half the bytes[/dim]
+    [bold]gradsift extract ... --dim 8192 --store-dtype float16[/bold]
 
-    [bold]... --modules '*.q_proj' --modules '*.v_proj'[/bold]   a model without an adapter
+    [dim]a model without an adapter: name its layers[/dim]
+    [bold]gradsift extract ... --modules '*.q_proj' --modules '*.v_proj'[/bold]
     """
     from gradsift.bindings.data import Dataset
     from gradsift.bindings.describe import describe, print_survey
@@ -258,17 +259,17 @@ def query(
 ) -> None:
     """Which training examples made the model do this?
 
-    [bold]gradsift query train.zarr --prompt "What is the capital of Nigeria?"[/bold]   why does it answer
-    what it answers?
+    [dim]why does it answer what it answers?[/dim]
+    [bold]gradsift query train.zarr --prompt "What is the capital of Nigeria?"[/bold]
 
+    [dim]why would it say that? by exact gradients, the five strongest[/dim]
     [bold]gradsift query train.zarr --prompt "Capital of Nigeria?" --completion " Lagos" --exact -k 5[/bold]
-    why would it say that?
 
-    [bold]gradsift query train.zarr --data failures.jsonl --least --json > why.json[/bold]   many at once,
-    for a program
+    [dim]many questions at once, for a program[/dim]
+    [bold]gradsift query train.zarr --data failures.jsonl --least --json > why.json[/bold]
 
-    A positive score means: training on this example lowers the query's loss. Words are coloured by their
-    exact share.
+    A positive score means that training on the example lowers the query's loss.
+    Words are coloured by their exact share in the inner product with the query's gradient.
     """
     from gradsift.bindings.answers import Asker
 
@@ -405,8 +406,7 @@ def _workspace(store: Path, model: str | None, adapter: str | None, train: str |
     opened = FeatureStore.open(store)
     hush()
     notes = Notes(model, train, adapter) if model and train else remembered(opened)
-    moved = {"model": model, "adapter": adapter, "data": train}
-    notes = replace(notes, **{name: place for name, place in moved.items() if place is not None})
+    notes = replace(notes, model=model or notes.model, adapter=adapter or notes.adapter, data=train or notes.data)
     return Workspace(opened, notes, device)
 
 

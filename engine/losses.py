@@ -67,7 +67,8 @@ class LanguageModelLoss:
             return losses
         lengths = np.diff(segments).tolist()
         longest = max(lengths, default=0)
-        return torch.stack([functional.pad(p, (0, longest - len(p))) for p in losses[0].split(lengths)])
+        parts = torch.split(losses[0], lengths)
+        return torch.stack([functional.pad(part, (0, longest - len(part))) for part in parts])
 
     def loss_tokens(self, batch: Mapping[str, Any]) -> Tensor:
         """Labels that count, per example: int64 of shape (n,), on the CPU.
@@ -116,16 +117,15 @@ def counter_uniform(seeds: np.ndarray, counters: np.ndarray) -> np.ndarray:
     Source: Steele et al. 2014 (SplitMix64).
     """
     golden = np.uint64(0x9E3779B97F4A7C15)
-    return (
-        _mix64(_mix64(seeds.astype(np.uint64)) + counters.astype(np.uint64) * golden) >> np.uint64(11)
-    ) * 2.0**-53
+    bits = _mix64(_mix64(seeds.astype(np.uint64)) + counters.astype(np.uint64) * golden)
+    return np.asarray((bits >> np.uint64(11)) * 2.0**-53)
 
 
 def _mix64(x: np.ndarray) -> np.ndarray:
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    return np.asarray(x ^ (x >> np.uint64(31)))
 
 
 def _predictions(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, np.ndarray | None]:
@@ -134,17 +134,14 @@ def _predictions(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Te
     labels = _labels(batch)
     encoder_decoder = _is_encoder_decoder(model)
     if encoder_decoder and "labels" not in batch:
-        raise DataError(
-            "the model is an encoder-decoder but the batch has no labels: give the target tokens as labels"
-        )
+        raise DataError("the model is an encoder-decoder but the batch has no labels: give the target tokens as labels")
     if encoder_decoder and segments is not None:
         raise DataError(
             "a packed batch (segments) needs a causal model, and this one is an encoder-decoder: pad instead"
         )
     device = next(model.parameters()).device
-    inputs = {
-        k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor) and k not in _NOT_FOR_THE_MODEL
-    }
+    inputs = {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor) and k not in _NOT_FOR_THE_MODEL}
+    options: dict[str, Any] = {}
     if segments is not None:
         if inputs.get("attention_mask", torch.empty(0)).ndim == 2:
             del inputs["attention_mask"]
@@ -154,13 +151,11 @@ def _predictions(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Te
     if encoder_decoder and "decoder_input_ids" not in inputs:
         prepare = _find(model, lambda m: getattr(m, "prepare_decoder_input_ids_from_labels", None))
         if prepare is None:
-            raise DataError(
-                f"{type(model).__name__} cannot make decoder_input_ids from labels: put them in the batch"
-            )
+            raise DataError(f"{type(model).__name__} cannot make decoder_input_ids from labels: put them in the batch")
         inputs["decoder_input_ids"] = prepare(labels.to(device))
     if _takes(model, "use_cache"):
-        inputs["use_cache"] = False
-    logits = _logits(model(**inputs))
+        options["use_cache"] = False
+    logits = _logits(model(**inputs, **options))
     labels = labels.to(logits.device)
     target = labels if encoder_decoder else _shift(labels, segments)
     if logits.shape[:-1] != target.shape:
@@ -178,9 +173,7 @@ def _logits(output: Any) -> Tensor:
     if logits is None and isinstance(output, tuple):
         logits = output[0]
     if not isinstance(logits, Tensor):
-        raise ShapeError(
-            f"the model returned {type(output).__name__} without logits: expected a language model's head"
-        )
+        raise ShapeError(f"the model returned {type(output).__name__} without logits: expected a language model's head")
     return logits
 
 
@@ -211,9 +204,7 @@ def _segments(batch: Mapping[str, Any]) -> np.ndarray | None:
         or offsets[-1] != shape[1]
         or (np.diff(offsets) < 0).any()
     ):
-        raise ShapeError(
-            f"segments are {offsets.tolist()}, expected non-decreasing offsets from 0 to {shape[1]}"
-        )
+        raise ShapeError(f"segments are {offsets.tolist()}, expected non-decreasing offsets from 0 to {shape[1]}")
     return offsets
 
 
@@ -229,7 +220,7 @@ def _shift(labels: Tensor, segments: np.ndarray | None) -> Tensor:
 def _per_example(tokens: Tensor, segments: np.ndarray | None) -> Tensor:
     if segments is None:
         return tokens.sum(dim=1)
-    return torch.stack([part.sum() for part in tokens[0].split(np.diff(segments).tolist())])
+    return torch.stack([part.sum() for part in torch.split(tokens[0], np.diff(segments).tolist())])
 
 
 def _draw(logits: Tensor, labels: Tensor, segments: np.ndarray | None, seeds: Sequence[int]) -> Tensor:
@@ -266,7 +257,7 @@ def _chunks(labels: Tensor, vocabulary: int) -> list[Tensor | slice]:
     counted = labels != IGNORE
     if bool(counted.all()):
         return [slice(i, i + step) for i in range(0, len(labels), step)]
-    return list(counted.nonzero().squeeze(1).split(step)) if bool(counted.any()) else []
+    return list(torch.split(counted.nonzero().squeeze(1), step)) if bool(counted.any()) else []
 
 
 class _TokenLosses(torch.autograd.Function):
@@ -300,7 +291,7 @@ class _TokenLosses(torch.autograd.Function):
     def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:  # type: ignore[override]
         """<softmax, tangent> - tangent[label]."""
         logits, labels = ctx.saved_tensors
-        out = logits.new_zeros(len(logits), dtype=torch.promote_types(logits.dtype, torch.float32))
+        out: Tensor = logits.new_zeros(len(logits), dtype=torch.promote_types(logits.dtype, torch.float32))
         for rows in _chunks(labels, logits.shape[-1]):
             step = _upcast(tangent[rows])
             mean = (_upcast(logits[rows]).softmax(-1) * step).sum(-1)
@@ -311,7 +302,7 @@ class _TokenLosses(torch.autograd.Function):
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Loss of each position, shape (n, T)."""
     flat = logits.reshape(-1, logits.shape[-1])
-    losses: Tensor = _TokenLosses.apply(flat, labels.reshape(-1))
+    losses: Tensor = _TokenLosses.apply(flat, labels.reshape(-1))  # type: ignore[no-untyped-call]
     return losses.view(labels.shape)
 
 
