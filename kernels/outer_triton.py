@@ -16,7 +16,8 @@ the alignment of the operands, the architecture and the Triton version.
 Source: row segments as in `hashing`; batch invariance by fixed tiles and an owner per output block.
 """
 
-# mypy: disallow-untyped-defs=False, disallow-untyped-decorators=False, disallow-untyped-calls=False
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
+# mypy: disallow-untyped-calls=False
 # No `from __future__ import annotations`: Triton reads the constexpr annotations as objects.
 
 from functools import lru_cache
