@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from gradsift.engine.accumulator import Accumulator
 from gradsift.engine.features import Features, TableRow
-from gradsift.engine.frozen import frozen, inputs_require_grad
+from gradsift.engine.frozen import frozen, inputs_require_grad, same_randomness
 from gradsift.engine.layout import BatchAxis, Layout, make_layout
 from gradsift.engine.maps import Map, Modules, find_maps, uncovered_shares
 from gradsift.engine.names import unwrap_parallel
@@ -68,7 +68,7 @@ class Capture:
         self.uncovered = uncovered_shares(model, self.maps)
         self._allow_idle = tuple(allow_idle)
         self._input_grads = False
-        self._probed = False
+        self.probed = False
         self.conservation_checked = False
         if self.uncovered:
             logger.warning(
@@ -109,8 +109,8 @@ class Capture:
             layout = make_layout(segments, batch_axis)
             rows = Accumulator(self.spec, layout, self.backend)
             loss = self._run(batch, loss_fn, layout, rows.receive, torch.sum)
-            if not self._probed and len(loss) > 1:
-                with _same_randomness(self.model):
+            if not self.probed and len(loss) > 1:
+                with same_randomness(self.model):
                     self._probe(batch, loss_fn, layout, loss)
         return Features(rows.values, loss.float(), rows.grad_norm, self.spec, self.table)
 
@@ -155,7 +155,7 @@ class Capture:
     ) -> Tensor:
         """One forward and backward pass; the losses, detached."""
         with self.recorded(receive) as recorder, warnings.catch_warnings():
-            if not self._probed:
+            if not self.probed:
                 warnings.filterwarnings("ignore", message="None of the inputs have requires_grad")
             loss = self._losses(batch, loss_fn, layout)
             again = recorder.any_silent() and not self._input_grads
@@ -175,16 +175,4 @@ class Capture:
         probe = Probe(layout)
         self._run(batch, loss_fn, layout, probe.receive, lambda losses: losses[index])
         probe.check(index)
-        self._probed = True
-
-
-@contextmanager
-def _same_randomness(model: nn.Module) -> Iterator[None]:
-    """Random states are put back, so that a trial pass does not change what the real one draws."""
-    device = next((p.device for p in model.parameters() if p.device.type != "cpu"), None)
-    if device is None:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    else:
-        with torch.random.fork_rng(devices=[device.index or 0], device_type=device.type):
-            yield
+        self.probed = True

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-__all__ = ["eager", "frozen", "inputs_require_grad"]
+__all__ = ["eager", "frozen", "inputs_require_grad", "same_randomness"]
 
 
 @contextmanager
@@ -60,3 +60,15 @@ def inputs_require_grad(model: nn.Module) -> Iterator[None]:
             if isinstance(module, nn.Embedding):
                 stack.callback(module.register_forward_hook(hook).remove)
         yield
+
+
+@contextmanager
+def same_randomness(model: nn.Module) -> Iterator[None]:
+    """Random states are put back, so that a trial pass does not change what the real one draws."""
+    device = next((p.device for p in model.parameters() if p.device.type != "cpu"), None)
+    if device is None:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    else:
+        with torch.random.fork_rng(devices=[device.index or 0], device_type=device.type):
+            yield

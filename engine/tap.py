@@ -11,8 +11,11 @@ from torch import Tensor
 
 from gradsift.engine.accumulator import Accumulator
 from gradsift.engine.features import Features
-from gradsift.engine.frozen import eager
+from gradsift.engine.frozen import eager, frozen, same_randomness
 from gradsift.engine.layout import Layout
+from gradsift.engine.names import unwrap_parallel
+from gradsift.engine.probe import Probe
+from gradsift.engine.replay import Replay, part_of_example
 from gradsift.kernels.errors import CaptureError
 from gradsift.kernels.sketch import sketch_dense
 
@@ -28,7 +31,8 @@ class Tap:
     """A context in which the caller runs one forward and backward pass, or several that belong to the same examples.
 
     Row i is example i's additive share of the loss that was backwarded. On a capture's first tap the rows are summed
-    and compared with the sketch of the parameter gradients that autograd hands over, before any reduction or clipping.
+    and compared with the sketch of the parameter gradients that autograd hands over, before any reduction or clipping;
+    and the model's first call is repeated once, to see that an example's output depends on its own rows alone.
 
     Args:
         scale: multiplies rows and norms, to undo the caller's mean, token count, accumulation or loss scaling.
@@ -39,7 +43,8 @@ class Tap:
         conservation: |sum of rows - S grad| over the root sum of squares of the rows; None where it was not checked.
 
     Raises:
-        CaptureError: at the end of the block, when a map gave no gradient or the rows do not add up.
+        CaptureError: at the end of the block, when a map gave no gradient, the rows do not add up, or examples share
+            rows.
     """
 
     values: Tensor
@@ -48,7 +53,9 @@ class Tap:
     def __init__(self, capture: Capture, layout: Layout, scale: float):
         self._capture = capture
         self._scale = scale
+        self._layout = layout
         self._rows = Accumulator(capture.spec, layout, capture.backend)
+        self._replay = Replay(unwrap_parallel(capture.model))
         self._totals: dict[torch.device, Tensor] = {}
         self._stack = ExitStack()
         self.conservation: float | None = None
@@ -59,6 +66,8 @@ class Tap:
             self._recorder = stack.enter_context(self._capture.recorded(self._rows.receive))
             if not self._capture.conservation_checked:
                 self._watch_gradients(stack)
+            if not self._capture.probed:
+                stack.callback(self._replay.watch().remove)
             self._stack = stack.pop_all()
         return self
 
@@ -70,6 +79,9 @@ class Tap:
         values, norm = self._rows.values, self._rows.grad_norm
         if not self._capture.conservation_checked:
             self._check_conservation(values)
+        if not self._capture.probed and len(values) > 1:
+            self._check_separation(len(values) - 1)
+        self._replay.forget()
         self.values = values * self._scale
         self.grad_norm = norm * abs(self._scale)
 
@@ -115,6 +127,23 @@ class Tap:
             )
         self._capture.conservation_checked = True
         logger.info("conservation holds: rows add up to the gradient within %.1e", self.conservation)
+
+    def _check_separation(self, index: int) -> None:
+        """The last example's output, weighted at random, must reach the last example's rows only."""
+        probe = Probe(self._layout)
+        model = self._capture.model
+        with frozen(model), same_randomness(model), self._capture.recorded(probe.receive) as recorder:
+            output = self._replay.output()
+            part = None if output is None else part_of_example(output, index, self._layout)
+            if part is None or not part.requires_grad:
+                logger.warning(
+                    "whether examples keep to their own rows is not checked: the model's output does not say"
+                )
+                return
+            (part.float() * torch.randn(part.shape, device=part.device)).sum().backward()  # type: ignore[no-untyped-call]
+            recorder.finish(lambda _: True)
+        probe.check(index)
+        self._capture.probed = True
 
 
 def _tolerance(capture: Capture) -> float:

@@ -142,3 +142,31 @@ def test_block_without_a_backward_pass_is_named() -> None:
     model, batch = with_lora(llama()), padded_batch()
     with pytest.raises(gs.CaptureError, match="no gradient came back"), gs.Capture(model, SPEC).tap():
         language_model(model, batch)
+
+
+def test_packed_examples_that_leak_are_refused_on_the_first_step() -> None:
+    model = with_lora(llama())
+    ids = padded_batch(1)["input_ids"]
+    with (
+        pytest.raises(gs.CaptureError, match=r"example 1 reaches rows of example 0.*position_ids"),
+        gs.Capture(model, SPEC).tap(segments=torch.tensor([0, 5, 11])),
+    ):
+        model(input_ids=ids, labels=ids).loss.backward()
+
+
+def test_wrong_batch_axis_is_refused_on_the_first_step() -> None:
+    class SequenceFirst(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.transpose(0, 1)
+            return self.linear(x + x.mean(0)).transpose(0, 1)
+
+    model, x = SequenceFirst(), torch.randn(4, 4, 8)
+    with pytest.raises(gs.CaptureError, match="axis 0"), gs.Capture(model, SPEC, modules="*").tap():
+        model(x).square().sum().backward()
+    with gs.Capture(model, SPEC, modules="*").tap(batch_axis=1) as tap:
+        model(torch.randn(4, 3, 8)).square().sum().backward()
+    assert tap.values.shape == (4, SPEC.dim)
