@@ -79,7 +79,7 @@ def variants() -> Iterator[Variant]:
 
     Alignment "16" lets the compiler assume multiples of 16 for the long operand's address, strides and width; the
     thin one's (LoRA of rank 4 or 8) never: assuming it too changes no figure. "odd" assumes nothing: odd widths,
-    and operands whose last stride is not 1.
+    and operands whose last stride is not 1. "1" has every size and stride 1, which Triton makes constants.
     """
     pairs = [(t, t) for t in _TYPES] + [(torch.bfloat16, torch.float32)]
     for dtypes in pairs:
@@ -87,8 +87,10 @@ def variants() -> Iterator[Variant]:
             for alignment in ("16", "odd"):
                 for atomic in (False, True):
                     yield _tile_variant(dtypes, block_r, alignment, atomic)
-    for alignment in ("16", "odd"):
+    for alignment in ("16", "odd", "1"):
         yield _gather_variant(alignment)
+    for atomic in (False, True):
+        yield _tile_variant(pairs[0], 16, "1", atomic)
 
 
 def _tile_variant(dtypes: tuple[torch.dtype, torch.dtype], block_r: int, alignment: str, atomic: bool) -> Variant:
@@ -112,6 +114,9 @@ def _tile_variant(dtypes: tuple[torch.dtype, torch.dtype], block_r: int, alignme
     if alignment == "16":
         constants["stride_lc"] = constants["stride_tc"] = 1
         multiples |= {"long_ptr", "long", "stride_ln", "stride_lt"}
+    if alignment == "1":
+        constants |= _ones(outer_triton._tile_kernel, types)
+        multiples = set()
     return Variant(
         kernel="tile-atomic" if atomic else "tile",
         dtypes=" x ".join(dict.fromkeys(_TYPES[t] for t in dtypes)),
@@ -141,6 +146,10 @@ def _gather_variant(alignment: str) -> Variant:
     multiples = {"scratch_ptr", "order_ptr", "keys_ptr", "partial_ptr", "stride_sn", "stride_on"}
     if alignment == "16":
         multiples |= {"starts_ptr", "out_ptr", "sqnorm_ptr", "blocks", "first_index", "partials"}
+    constants: dict[str, Any] = {"HAS_NORM": True, "BLOCK_J": gather.block_j, "BLOCK_P": gather.block_p}
+    if alignment == "1":
+        constants |= _ones(outer_triton._gather_kernel, types)
+        multiples = set()
     return Variant(
         kernel="gather",
         dtypes="fp32",
@@ -149,11 +158,16 @@ def _gather_variant(alignment: str) -> Variant:
         needs_matrix=False,
         function=outer_triton._gather_kernel,
         types=types,
-        constants={"HAS_NORM": True, "BLOCK_J": gather.block_j, "BLOCK_P": gather.block_p},
+        constants=constants,
         multiples=frozenset(multiples),
         num_warps=gather.num_warps,
         num_stages=1,
     )
+
+
+def _ones(function: Any, types: dict[str, str]) -> dict[str, int]:
+    """Every size and stride as the constant 1; the constants proper are added by the caller."""
+    return {name: 1 for name in function.arg_names if name not in types and not name.isupper()}
 
 
 def compile_variant(variant: Variant, target: str) -> Compiled:

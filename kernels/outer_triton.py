@@ -140,8 +140,9 @@ def _tile_kernel(
     thin_ptrs += offs_r.to(tl.int64)[None, :] * stride_tc
 
     acc = tl.zeros((BLOCK_L, BLOCK_R), dtype=tl.float32)
-    for left in range((end - begin).to(tl.int32), 0, -BLOCK_T):
-        mask_t = (offs_t < left)[:, None]
+    tokens = (end - begin).to(tl.int32)
+    for t in range(0, tokens, BLOCK_T):
+        mask_t = (offs_t < tokens - t)[:, None]
         a = tl.load(long_ptrs, mask=mask_t & mask_l[None, :], other=0.0)  # (BLOCK_T, BLOCK_L)
         b = tl.load(thin_ptrs, mask=mask_t & mask_r[None, :], other=0.0)  # (BLOCK_T, BLOCK_R)
         if a.dtype != b.dtype:
@@ -161,13 +162,13 @@ def _tile_kernel(
     if ATOMIC:
         lane = (offs_l % 64)[:, None]
         index = offs_r[None, :] * per_row + (offs_l // 64)[:, None]
-        t = _mix(index.to(tl.uint32) + _key(keys_ptr, 0))
-        h = _mix(t ^ _key(keys_ptr, 1))
-        low = _mix(t ^ _key(keys_ptr, 2))
-        high = _mix(t ^ _key(keys_ptr, 3))
+        hashed = _mix(index.to(tl.uint32) + _key(keys_ptr, 0))
+        h = _mix(hashed ^ _key(keys_ptr, 1))
+        low = _mix(hashed ^ _key(keys_ptr, 2))
+        high = _mix(hashed ^ _key(keys_ptr, 3))
         word = tl.where(lane < 32, low, high)
         minus = ((word >> (lane % 32).to(tl.uint32)) & 1) != 0
-        block = ((h.to(tl.uint64) * blocks.to(tl.uint64)) >> 32).to(tl.int64)
+        block = ((h.to(tl.uint64) * tl.cast(blocks, tl.uint64)) >> 32).to(tl.int64)
         offs_o = block * 64 + (lane ^ (h & 63).to(tl.int32))
         value = tl.where(minus, -acc, acc)  # (BLOCK_L, BLOCK_R)
         tl.atomic_add(
