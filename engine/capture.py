@@ -123,14 +123,14 @@ class Capture:
         return any(fnmatchcase(found.name, pattern) for pattern in self._allow_idle)
 
     @contextmanager
-    def recorded(self, receive: Receiver) -> Iterator[Recorder]:
+    def recorded(self, receive: Receiver, layout: Layout) -> Iterator[Recorder]:
         """Hooks on the maps for one pass."""
         for found in self.maps:
             found.check()
         with ExitStack() as stack:
             if self._input_grads:
                 stack.enter_context(inputs_require_grad(self.model))
-            yield stack.enter_context(Recorder(self.maps, receive))
+            yield stack.enter_context(Recorder(self.maps, receive, layout))
 
     def _losses(self, batch: Any, loss_fn: LossFunction, layout: Layout) -> Tensor:
         loss = loss_fn(unwrap_parallel(self.model), batch)
@@ -154,7 +154,7 @@ class Capture:
         reduce: Callable[[Tensor], Tensor],
     ) -> Tensor:
         """One forward and backward pass; the losses, detached."""
-        with self.recorded(receive) as recorder, warnings.catch_warnings():
+        with self.recorded(receive, layout) as recorder, warnings.catch_warnings():
             if not self.probed:
                 warnings.filterwarnings("ignore", message="None of the inputs have requires_grad")
             loss = self._losses(batch, loss_fn, layout)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import prod
 
 import torch
 from torch import Tensor
@@ -28,10 +29,22 @@ class Rows:
 
 @dataclass(slots=True)
 class BatchAxis:
-    """Examples lie along one axis of every activation; n is fixed by the first that is seen, or given."""
+    """Examples lie along one axis of every activation; n is fixed by the first that is seen, or given.
+
+    A model that flattens (n, T, d) to (n * T, d) in places is followed where T is the length of an activation that
+    it did not flatten; the probe on the first batch then sees whether the order was kept.
+    """
 
     axis: int
     n: int | None = None
+    lengths: set[int] = field(default_factory=set)
+
+    def see(self, t: Tensor) -> None:
+        """Learn n and the lengths from an input of a map, before any gradient arrives."""
+        if t.ndim > 2 and self.axis < t.ndim - 1:
+            shape = [size for axis, size in enumerate(t.shape[:-1]) if axis != self.axis]
+            self.lengths.add(prod(shape))
+            self.n = t.shape[self.axis] if self.n is None else self.n
 
     def rows(self, t: Tensor, name: str) -> Rows:
         """(..., n, ..., d) -> (n, T, d), without a copy when the axis is the first.
@@ -44,6 +57,8 @@ class BatchAxis:
         size = t.shape[self.axis]
         if self.n is None:
             self.n = size
+        if t.ndim == 2 and self.axis == 0 and size != self.n and size % self.n == 0 and size // self.n in self.lengths:
+            return Rows(t.reshape(self.n, -1, t.shape[-1]))
         if size != self.n:
             raise CaptureError(
                 f"{name}: axis {self.axis} of an activation {tuple(t.shape)} holds {size} entries but the batch has "
@@ -67,6 +82,9 @@ class Packed:
     """Examples lie one after another in the flattened tokens of every activation."""
 
     segments: Tensor
+
+    def see(self, t: Tensor) -> None:
+        """Nothing to learn: the offsets say everything."""
 
     @property
     def n(self) -> int:

@@ -38,8 +38,8 @@ class Factor(NamedTuple):
 class Watcher(Protocol):
     """What a map tells while the model runs."""
 
-    def called(self, target: Map) -> bool:
-        """The map computes; False when no gradient is recorded now."""
+    def called(self, target: Map, x: Tensor) -> bool:
+        """The map computes on x; False when no gradient is recorded now."""
 
     def mark(self, target: Map, output: Tensor, saved: Sequence[Tensor], complete: Any) -> None:
         """Call ``complete(gradient at output, *saved)`` in the backward pass."""
@@ -86,7 +86,7 @@ class LinearMap(Map):
         """Read x at the input and g at the output."""
 
         def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            if watcher.called(self):
+            if watcher.called(self, args[0]):
                 watcher.mark(self, output, [args[0]], partial(self.factors, output.dtype))
 
         return [module.register_forward_hook(hook) for module in self.modules]
@@ -153,11 +153,11 @@ class LoraMap(Map):
             uses.clear()
 
         def down(_: nn.Module, args: tuple[Any, ...], h: Tensor) -> None:
-            if not watcher.called(self):
+            x = args[0] if self._drops() else inputs[0]
+            if not watcher.called(self, x):
                 return
             use = _LoraUse(self, h.dtype)
             uses.append(use)
-            x = args[0] if self._drops() else inputs[0]
             watcher.mark(self, h, [x, h], use.complete)
 
         def leave(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
@@ -276,7 +276,7 @@ def _refuse_variant(name: str, layer: Any, adapter: str) -> None:
     elif is_instance_of(layer, "peft.tuners.lora.layer", "MultiheadAttention"):
         cause = "PEFT merges the adapter of nn.MultiheadAttention in its forward"
     elif adapter not in layer.lora_A or not isinstance(layer.lora_A[adapter], nn.Linear):
-        cause = f"LoRA on {type(base).__name__} is not supported"
+        cause = f"{type(layer).__name__} on {type(base).__name__} is not LoRA on a linear map"
     elif not isinstance(layer.lora_B[adapter], nn.Linear):
         cause = f"its B is a {type(layer.lora_B[adapter]).__name__}"
     if cause is not None:
@@ -331,11 +331,14 @@ def _refuse_outside_uses(maps: list[Map], named: list[tuple[str, str, nn.Module]
 
 def _nothing_matches(modules: Modules, named: list[tuple[str, str, nn.Module]]) -> str:
     linear = [name for name, _, module in named if isinstance(module, nn.Linear)]
-    tuners = sorted(
-        {type(m).__name__ for _, _, m in named if is_instance_of(m, "peft.tuners.tuners_utils", "BaseTunerLayer")}
-    )
+    layers = [m for _, _, m in named if is_instance_of(m, "peft.tuners.tuners_utils", "BaseTunerLayer")]
+    tuners = sorted({type(m).__module__.removeprefix("peft.tuners.").split(".")[0] for m in layers})
     if modules == "lora":
-        found = f"the model has {', '.join(tuners)} layers" if tuners else "the model has no LoRA layer that is active"
+        found = (
+            f"the model has {', '.join(tuners)} layers of PEFT"
+            if tuners
+            else "the model has no LoRA layer that is active"
+        )
         return (
             f"modules='lora' selects nothing: {found}; attach an adapter with PEFT, or give a glob such as '*.q_proj'"
         )

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradsift.engine.layout import Layout
 from gradsift.engine.maps import Factor, Map
 from gradsift.kernels.errors import CaptureError
 
@@ -62,11 +63,13 @@ class Recorder:
     Args:
         maps: what to watch.
         receive: called once per map and pass, as soon as all of its uses have their gradients.
+        layout: sees the input of every call, before any gradient arrives.
     """
 
-    def __init__(self, maps: Sequence[Map], receive: Receiver):
+    def __init__(self, maps: Sequence[Map], receive: Receiver, layout: Layout):
         self._maps = maps
         self._receive = receive
+        self._layout = layout
         self._counts = {id(found): _Count() for found in maps}
         self._starter = torch.zeros((), requires_grad=True)
         self._stack = ExitStack()
@@ -82,9 +85,10 @@ class Recorder:
         for count in self._counts.values():
             count.waiting.clear()
 
-    def called(self, target: Map) -> bool:
+    def called(self, target: Map, x: Tensor) -> bool:
         """Count a call; whether a gradient will be recorded for it."""
         grad = torch.is_grad_enabled()
+        self._layout.see(x)
         if not _in_backward():
             count = self._counts[id(target)]
             count.recorded += grad

@@ -63,7 +63,7 @@ class Tap:
     def __enter__(self) -> Self:
         with ExitStack() as stack:
             stack.enter_context(eager())
-            self._recorder = stack.enter_context(self._capture.recorded(self._rows.receive))
+            self._recorder = stack.enter_context(self._capture.recorded(self._rows.receive, self._layout))
             if not self._capture.conservation_checked:
                 self._watch_gradients(stack)
             if not self._capture.probed:
@@ -132,7 +132,7 @@ class Tap:
         """The last example's output, weighted at random, must reach the last example's rows only."""
         probe = Probe(self._layout)
         model = self._capture.model
-        with frozen(model), same_randomness(model), self._capture.recorded(probe.receive) as recorder:
+        with frozen(model), same_randomness(model), self._capture.recorded(probe.receive, self._layout) as recorder:
             output = self._replay.output()
             part = None if output is None else part_of_example(output, index, self._layout)
             if part is None or not part.requires_grad:

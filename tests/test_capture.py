@@ -22,6 +22,7 @@ from transformers import (
 )
 
 import gradsift as gs
+from gradsift.engine.layout import make_layout
 
 language_model = gs.losses.language_model
 TOLERANCE = 1e-5
@@ -253,6 +254,38 @@ def test_examples_that_share_statistics_are_refused() -> None:
         gs.Capture(model, SPEC, modules="*")(torch.randn(5, 6), square_loss)
 
 
+def test_flattened_tokens_are_followed_where_another_map_shows_their_length() -> None:
+    class Flattens(Twice):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            return self.second(y.reshape(-1, 12)).reshape(x.shape)
+
+    x = torch.randn(4, 3, 12)
+    features = gs.Capture(Flattens(), SPEC, modules="*")(x, square_loss)
+    rows, _ = oracle(Flattens(), [x[i : i + 1] for i in range(4)], square_loss, SPEC, "*")
+    assert error(features.values, rows) <= TOLERANCE
+    with pytest.raises(gs.CaptureError, match="12 entries but the batch has 4"):
+        gs.Capture(Flattens(), SPEC, modules="second")(x, square_loss)
+
+    class Shuffles(Flattens):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x).transpose(0, 1)
+            return self.second(y.reshape(-1, 12)).reshape(y.shape).transpose(0, 1)
+
+    with pytest.raises(gs.CaptureError, match="second: the loss of example 3 reaches rows"):
+        gs.Capture(Shuffles(), SPEC, modules="*")(x, square_loss)
+
+
+def test_routed_tokens_are_refused() -> None:
+    class Routes(Twice):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            return y.index_put((y[..., 0] > 0,), self.second(y[y[..., 0] > 0]))
+
+    with pytest.raises(gs.CaptureError, match=r"second: .*routed"):
+        gs.Capture(Routes(), SPEC, modules="*")(torch.randn(4, 3, 12), square_loss)
+
+
 def test_identity_sketch_is_the_gradient_itself() -> None:
     model, batch = with_lora(llama()), padded_batch()
     capture = gs.Capture(model, gs.SketchSpec(kind="identity"))
@@ -301,7 +334,7 @@ class _FromFactors:
 
         model = self.capture.model
         flags = {p: p.requires_grad for p in model.parameters()}
-        with self.capture.recorded(receive):
+        with self.capture.recorded(receive, make_layout(None, 0)):
             model.requires_grad_(False)
             language_model(model, batch).sum().backward()
         for parameter, flag in flags.items():
