@@ -10,9 +10,11 @@ import numpy as np
 from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
+from torch import Tensor
 
+from gradsift.bindings.curvature import CurvatureSample
 from gradsift.bindings.data import Dataset
-from gradsift.bindings.render import LEGEND, coloured, number, table
+from gradsift.bindings.render import LEGEND, bar, coloured, number, table
 from gradsift.bindings.workspace import Workspace
 from gradsift.engine.gradient import gradient
 from gradsift.engine.losses import IGNORE, language_model
@@ -45,24 +47,23 @@ class Asker:
     """Asks one store about some queries, and shows the answers.
 
     Args:
-        space: the store with its model and data.
-        questions: the queries.
-        scorer: as of ``topk``.
-        exact: let exact gradients order a short list; otherwise they only share scores out among tokens.
+        space: the store with its model and data. questions: the queries. scorer: as of ``topk``. exact: let
+        exact gradients order a short list, along the curvature-corrected gradient of the query if the
+            scorer is "fisher"; otherwise they only say which tokens of the answers pull the query's loss.
+        sample: curvature rows behind exact answers of "fisher"; all of the store's unless given.
     """
 
-    def __init__(self, space: Workspace, questions: Dataset, scorer: str, exact: bool) -> None:
+    def __init__(
+        self, space: Workspace, questions: Dataset, scorer: str, exact: bool, sample: int | None = None
+    ) -> None:
         self._space, self._questions, self._exact = space, questions, exact
         self._scorer = cast(Literal["fisher", "dot", "cosine"], scorer)
         self._features = space.capture(questions)
         modules = space.notes.modules
-        self._rescorer = Rescorer(
-            space.model,
-            self._fetch,
-            language_model.token_losses,
-            [gradient(space.model, questions.fetch([i]), language_model, modules) for i in range(len(questions))],
-            modules=modules,
-        )
+        vectors = [gradient(space.model, questions.fetch([i]), language_model, modules) for i in range(len(questions))]
+        if exact and scorer == "fisher" and space.store.curvature is not None:
+            vectors = _corrected(CurvatureSample(space, sample), vectors)
+        self._rescorer = Rescorer(space.model, self._fetch, language_model.token_losses, vectors, modules=modules)
 
     def _fetch(self, rows: Sequence[int]) -> Iterator[Mapping[str, Any]]:
         for start in range(0, len(rows), _AT_ONCE):
@@ -178,3 +179,9 @@ class Asker:
     @staticmethod
     def _prompt(record: Mapping[str, Any]) -> str:
         return str(record["prompt"])
+
+
+def _corrected(sample: CurvatureSample, vectors: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """Each query's vector after the exact Fisher, with a bar on a terminal: this is the slow part of a query."""
+    with bar("exact curvature", sample.passes * len(vectors)) as advance:
+        return [sample.correct(v, advance) for v in vectors]

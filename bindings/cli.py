@@ -250,6 +250,10 @@ def query(
     scorer: Annotated[
         Scorer, typer.Option(help="fisher corrects for curvature; dot and cosine are plain.")
     ] = Scorer.fisher,
+    sample: Annotated[
+        int | None,
+        typer.Option(help="Curvature rows behind --exact fisher answers: fewer are faster; all unless given."),
+    ] = None,
     whole: Annotated[bool, typer.Option("--whole", help="Show long texts whole.")] = False,
     model: OtherModel = None,
     adapter: OtherAdapter = None,
@@ -279,7 +283,7 @@ def query(
         raise DataError("--completion is given without --prompt: give both, or --text")
     space = _workspace(store, model, adapter, train, device)
     questions = space.questions(data) if data is not None else space.question(text, prompt, completion)
-    asker = Asker(space, questions, scorer.value, exact)
+    asker = Asker(space, questions, scorer.value, exact, sample)
     answers = [asker.ask(k, largest=True)]
     if least:
         answers.append(asker.ask(k, largest=False))

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 from rich import box
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["LEGEND", "bytes_text", "coloured", "facts", "number", "table"]
+__all__ = ["LEGEND", "bar", "bytes_text", "coloured", "facts", "number", "table"]
 
 LEGEND = Text.assemble(
     ("green", "black on green"), " pulls the query's loss down, ", ("red", "black on red"), " pushes it up"
@@ -104,6 +106,16 @@ def facts(console: Console, pairs: Iterable[tuple[str, Any]]) -> None:
 def number(value: float) -> str:
     """Four significant digits, with its sign."""
     return f"{value:+.4g}"
+
+
+@contextmanager
+def bar(what: str, total: int) -> Iterator[Callable[[], None]]:
+    """A bar on standard error, where that is a terminal: gives the function to call after each of ``total`` steps."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda: progress.advance(task)
 
 
 def bytes_text(size: float) -> str:

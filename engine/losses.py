@@ -99,6 +99,24 @@ class LanguageModelLoss:
         drawn = _draw(logits.detach(), labels, segments, seeds)
         return _per_example(_cross_entropy(logits, drawn), segments)
 
+    def sampled_batch(self, model: nn.Module, batch: Mapping[str, Any], seeds: Sequence[int]) -> dict[str, Any]:
+        """The batch with the labels that ``sampled`` draws, to be kept: its plain loss is that of ``sampled``.
+
+        Args:
+            seeds: n integers, one per example.
+
+        Returns:
+            the batch with new ``labels`` (int64, on the CPU); an encoder-decoder's decoder still reads the
+            old ones.
+        """
+        with torch.no_grad():
+            logits, labels, segments = _predictions(model, batch)
+        drawn = _draw(logits, labels, segments, seeds).cpu()
+        if not _is_encoder_decoder(model):
+            return {**batch, "labels": functional.pad(drawn[:, :-1], (1, 0), value=IGNORE)}
+        read = batch.get("decoder_input_ids")
+        return {**batch, "labels": drawn, "decoder_input_ids": _shifted_right(model, labels) if read is None else read}
+
 
 language_model = LanguageModelLoss()
 """The loss to pass as ``loss_fn`` for any causal or encoder-decoder language model."""
@@ -149,10 +167,7 @@ def _predictions(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Te
             starts = np.repeat(segments[:-1], np.diff(segments))
             inputs["position_ids"] = torch.from_numpy(np.arange(len(starts)) - starts)[None].to(device)
     if encoder_decoder and "decoder_input_ids" not in inputs:
-        prepare = _find(model, lambda m: getattr(m, "prepare_decoder_input_ids_from_labels", None))
-        if prepare is None:
-            raise DataError(f"{type(model).__name__} cannot make decoder_input_ids from labels: put them in the batch")
-        inputs["decoder_input_ids"] = prepare(labels.to(device))
+        inputs["decoder_input_ids"] = _shifted_right(model, labels.to(device))
     if _takes(model, "use_cache"):
         options["use_cache"] = False
     logits = _logits(model(**inputs, **options))
@@ -164,6 +179,14 @@ def _predictions(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Te
             "expected one row of logits per label"
         )
     return logits, target, segments
+
+
+def _shifted_right(model: nn.Module, labels: Tensor) -> Tensor:
+    """What an encoder-decoder's decoder reads to predict these labels."""
+    prepare = _find(model, lambda m: getattr(m, "prepare_decoder_input_ids_from_labels", None))
+    if prepare is None:
+        raise DataError(f"{type(model).__name__} cannot make decoder_input_ids from labels: put them in the batch")
+    return prepare(labels)  # type: ignore[no-any-return]
 
 
 def _logits(output: Any) -> Tensor:

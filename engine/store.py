@@ -28,8 +28,9 @@ __all__ = ["FeatureArray", "FeatureStore", "Ids"]
 class FeatureArray:
     """The rows of a store as float32, read when they are indexed.
 
-    Index with an integer, a slice, integers or booleans along the first axis, then as numpy does along the others. The
-    result is a numpy array of your own; a slice inside one block shares the pages of its file until it is written to.
+    Index with an integer, a slice, integers or booleans along the first axis, then as numpy does along the
+    others. The result is a numpy array of your own; a slice inside one block shares the pages of its file
+    until it is written to.
 
     Attributes:
         shape: (n, dim), or (n, parts, dim) for several parts.
@@ -148,7 +149,8 @@ class FeatureStore:
     """One row per example of a data set, with the table that says what it is a row of.
 
     Open one with ``FeatureStore.open``; ``extract`` makes them. Any zarr reader can open the path as well:
-    ``zarr.open(path)["features"]`` has shape (n, parts, dim) and, for float16 stores, is to be multiplied by ``scale``.
+    ``zarr.open(path)["features"]`` has shape (n, parts, dim) and, for float16 stores, is to be multiplied
+    by ``scale``.
 
     Attributes:
         path: its folder.
@@ -234,6 +236,19 @@ class FeatureStore:
         array = FeatureArray(self.path, curvature_columns(self.metadata), "curvature/", rows)
         return torch.from_numpy(array[:])
 
+    @cached_property
+    def curvature_draws(self) -> list[tuple[Any, int]]:
+        """Of each curvature row the id of its example, and which draw of that example's labels it is."""
+        rows = int((self.metadata["curvature"] or {}).get("rows") or 0)
+        group = curvature_columns(self.metadata)
+        ids, draws = (next(c for c in group.columns if c.name == f"curvature/{name}") for name in ("ids", "draw"))
+        chunks = range(-(-rows // ids.block))
+        return [
+            pair
+            for i in chunks
+            for pair in zip(ids.read(self.path, i).tolist(), draws.read(self.path, i).tolist(), strict=True)
+        ][:rows]
+
     def blocks(self, rows: int | None = None) -> Iterator[tuple[int, Tensor]]:
         """Stream all rows once.
 
@@ -241,8 +256,8 @@ class FeatureStore:
             rows: rows at a time; the store's own blocks unless given, which are mapped and not copied.
 
         Yields:
-            first row, and float32 of shape (rows, dim); the last one may have fewer. Writing to it is allowed and
-            changes nothing on disk.
+            first row, and float32 of shape (rows, dim); the last one may have fewer. Writing to it is
+            allowed and changes nothing on disk.
         """
         step = rows or int(self.metadata["block"])
         for start in range(0, self._rows, step):

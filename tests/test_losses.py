@@ -224,6 +224,15 @@ def test_sampled_labels_depend_on_seed_and_position_only() -> None:
         language_model.sampled(model, batch, [1])
 
 
+@pytest.mark.parametrize("make", [llama, t5])
+def test_sampled_labels_can_be_kept(make: Any) -> None:
+    model, batch = make(), causal_batch()
+    kept = language_model.sampled_batch(model, batch, [1, 2, 3])
+    torch.testing.assert_close(language_model(model, kept), language_model.sampled(model, batch, [1, 2, 3]))
+    assert not torch.equal(kept["labels"], batch["labels"])
+    assert torch.equal(kept["labels"][:, 1:] == IGNORE, batch["labels"][:, 1:] == IGNORE)
+
+
 def test_sampled_labels_follow_the_models_probabilities() -> None:
     """Per-token losses name the drawn label: compare how often each came with the softmax, 4 sigma."""
     model, draws = Bigram(5), 4000
