@@ -42,7 +42,8 @@ def print_report(console: Console, report: Report, dataset: Dataset, row: int, d
     """
     one_by_one, ranked = report.examples
     console.print(
-        f"{one_by_one} examples one by one and {ranked} in rankings, of {len(dataset):,} in the data", highlight=False
+        f"{one_by_one} examples one by one and up to {ranked} in rankings, of {len(dataset):,} in the data",
+        highlight=False,
     )
     if report.kinds:
         console.print()
@@ -81,7 +82,7 @@ def mask(pieces: Sequence[str], trained: Sequence[bool], marks: bool = False) ->
 def _kinds(report: Report) -> Table:
     out = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
     out.add_column("kind of map", no_wrap=True)
-    for column in ("maps", "numbers", "energy", "autograd", "sum", "batch", "precision", "sketch"):
+    for column in ("maps", "parameters", "energy", "autograd", "sum", "batch", "precision", "sketch"):
         out.add_column(column, justify="right", no_wrap=True)
     for kind in report.kinds:
         out.add_row(

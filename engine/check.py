@@ -134,6 +134,7 @@ def _about_rows(run: _Run, case: Case, chosen: check_model.Selection, explicit: 
     with ExitStack() as stack:
         if run.failed("mode"):
             stack.enter_context(evaluating(case.model))
+            case.forget()
         run("features", lambda: check_rows.features(case))
         run("maps", lambda: _maps(case, chosen))
         run("conservation", lambda: check_rows.conservation(case))

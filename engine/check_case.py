@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gradsift.engine.capture import LossFunction
 from gradsift.engine.check_batches import Batch, segments_of
-from gradsift.engine.check_parts import PartCapture, Parts, kind_of, sketched, trainable
+from gradsift.engine.check_parts import PartCapture, Parts, kind_of, repeatable, sketched, trainable
 from gradsift.engine.gradient import gradient
 from gradsift.engine.maps import Map, Modules
 from gradsift.kernels.spec import SketchSpec
@@ -76,11 +76,24 @@ class Case:
         """Rows of the examples in one batch, by parameter."""
         return self._once("together", lambda: self.parts(self.batch))
 
+    @property
+    def capture(self) -> PartCapture:
+        """Reads the rows of the maps."""
+        return self._once("capture", lambda: PartCapture(self.model, self.spec, self.modules, self.backend))
+
+    def ranked(self, index: int) -> Parts:
+        """Rows of one batch of the pool, by kind of map."""
+
+        def compute() -> Parts:
+            with repeatable(self.model):
+                return self.parts(self.pool[index][0], by_kind=True)
+
+        return self._once(f"pool {index}", compute)
+
     def parts(self, batch: Batch, by_kind: bool = False) -> Parts:
         """Rows of any batch, by parameter or by kind of map."""
-        capture = PartCapture(self.model, self.spec, self.modules, self.backend)
         key = (lambda found, _: kind_of(found.name)) if by_kind else (lambda _, parameter: parameter)
-        return capture.parts(batch, self.loss_fn, key, segments_of(batch), self.batch_axis)
+        return self.capture.parts(batch, self.loss_fn, key, segments_of(batch), self.batch_axis)
 
     def autograd(self, batch: Batch) -> dict[str, Tensor]:
         """S times autograd's gradient of the batch's summed loss: {parameter: (dim,)}."""
@@ -105,6 +118,10 @@ class Case:
         empty = torch.zeros(1, self.spec.dim)
         names = dict.fromkeys(name for row in rows for name in row)
         return {name: torch.cat([row.get(name, empty) for row in rows]) for name in names}
+
+    def forget(self) -> None:
+        """Rows were computed in a mode that is left now."""
+        self._known.clear()
 
     def ready(self, name: str) -> bool:
         """Whether a shared result is computed already."""

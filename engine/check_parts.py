@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gradsift.engine.accumulator import Accumulator
 from gradsift.engine.capture import Capture, LossFunction
 from gradsift.engine.frozen import frozen
-from gradsift.engine.layout import Layout, make_layout
+from gradsift.engine.layout import BatchAxis, Layout, make_layout
 from gradsift.engine.maps import Factor, Map
 from gradsift.kernels.sketch import sketch_dense
 from gradsift.kernels.spec import SketchSpec
@@ -57,6 +57,18 @@ class PartCapture(Capture):
         rows = {part: rows.values.cpu() for part, rows in split.parts.items()}
         return Parts(loss.float().cpu(), rows, {part: r.grad_norm.square().cpu() for part, r in split.parts.items()})
 
+    def isolate(self, batch: Any, loss_fn: LossFunction, loss: Tensor, segments: Any, batch_axis: int) -> None:
+        """One pass with the loss of one example.
+
+        Raises:
+            CaptureError: it reaches rows of another.
+        """
+        with frozen(self.model):
+            layout = make_layout(segments, batch_axis)
+            if isinstance(layout, BatchAxis):
+                layout.n = len(loss)
+            self._probe(batch, loss_fn, layout, loss)
+
     def may_idle(self, found: Map) -> bool:
         """Any map may: what is missing is the finding, not an error."""
         return True
@@ -66,15 +78,16 @@ class _Split:
     """A ``Receiver`` with one accumulator per part."""
 
     def __init__(self, spec: SketchSpec, layout: Layout, backend: str, key: Callable[[Map, str], str]):
-        self._make = lambda: Accumulator(spec, layout, backend)
+        self._arguments = (spec, layout, backend)
         self._key = key
         self.parts: dict[str, Accumulator] = {}
 
     def receive(self, target: Map, uses: Sequence[Sequence[Factor]]) -> None:
+        """Add one map's factors to the part of each of its parameters."""
         for factors in zip(*uses, strict=True):
             part = self._key(target, factors[0].parameter)
             if part not in self.parts:
-                self.parts[part] = self._make()
+                self.parts[part] = Accumulator(*self._arguments)
             self.parts[part].receive(target, [(factor,) for factor in factors])
 
 
@@ -100,13 +113,13 @@ def relative(got: Tensor, expected: Tensor) -> Tensor:
 
 
 @contextmanager
-def repeatable(model: nn.Module) -> Iterator[None]:
+def repeatable(model: nn.Module, seed: int = 0) -> Iterator[None]:
     """Every pass inside draws the same random numbers, and none of the caller's are used up."""
     device = next((p.device for p in model.parameters() if p.device.type != "cpu"), None)
     with torch.random.fork_rng(
         devices=[] if device is None else [device.index or 0], device_type="cuda" if device is None else device.type
     ):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         yield
 
 

@@ -81,7 +81,7 @@ class Report:
         kinds: one row per kind of map.
         uncovered: trainable parameters left out: canonical name -> share of all trainable numbers.
         shown: one example with its mask, for a language model.
-        examples: how many were looked at one by one, and how many in the comparison of rankings.
+        examples: how many were looked at one by one, and how many were at hand for rankings.
     """
 
     results: tuple[Result, ...]

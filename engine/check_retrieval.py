@@ -12,7 +12,7 @@ from torch import Tensor
 from gradsift.engine.check_batches import cast, segments_of
 from gradsift.engine.check_case import Case
 from gradsift.engine.check_parts import PartCapture, in_dtype, kind_of, repeatable
-from gradsift.engine.check_report import Result
+from gradsift.engine.check_report import Result, Verdict
 from gradsift.engine.maps import Map
 from gradsift.kernels.spec import SketchSpec
 
@@ -58,7 +58,7 @@ def precision(case: Case) -> tuple[Result, PerKind]:
     if mean >= 0.99 and kept >= 0.9:
         return Result("precision", "ok", text, mean, 0.99), per_kind
     if own:
-        verdict = "fail" if mean < 0.9 else "warn"
+        verdict: Verdict = "fail" if mean < 0.9 else "warn"
         return Result("precision", verdict, f"{text}: load the model with dtype float32", mean, 0.99), per_kind
     return Result("precision", "warn", f"{text}: keep float32, as the model is now", mean, 0.99), per_kind
 
@@ -147,9 +147,8 @@ def _both(
     here: list[dict[str, Tensor]] = []
     there: list[dict[str, Tensor]] = []
     begun = perf_counter()
-    for batch, _ in case.pool:
-        with repeatable(case.model):
-            here.append(case.parts(batch, by_kind=True).rows)
+    for index, (batch, _) in enumerate(case.pool):
+        here.append(case.ranked(index).rows)
         with repeatable(case.model), in_dtype(changed, dtype):
             there.append(case.parts(cast(batch, dtype), by_kind=True).rows)
         if perf_counter() - begun > case.seconds / 2:
@@ -167,21 +166,25 @@ def _fitting(maps: list[Map], numbers: int) -> list[Map]:
 
 
 def _exact_and_sketched(case: Case, maps: list[Map]) -> tuple[_Rows, _Exact]:
-    modules = case.modules if len(maps) == len(case.maps) else [escape(found.name) for found in maps]
+    everything = len(maps) == len(case.maps)
+    modules = case.modules if everything else [escape(found.name) for found in maps]
     exact = PartCapture(case.model, SketchSpec(kind="identity"), modules, case.backend)
-    short = PartCapture(case.model, case.spec, modules, case.backend)
+    short = case.capture if everything else PartCapture(case.model, case.spec, modules, case.backend)
     kind = {row.name: kind_of(found.name) for found in exact.maps for row in found.table}
     gradients: list[Tensor] = []
     rows: list[dict[str, Tensor]] = []
     begun = perf_counter()
-    for batch, _ in case.pool:
+    for index, (batch, _) in enumerate(case.pool):
         segments = segments_of(batch)
         with repeatable(case.model):
             whole = exact.parts(batch, case.loss_fn, lambda *_: "", segments, case.batch_axis)
-        with repeatable(case.model):
-            part = short.parts(batch, case.loss_fn, lambda found, _: kind_of(found.name), segments, case.batch_axis)
         gradients.append(whole.values)
-        rows.append(part.rows)
+        if everything:
+            rows.append(case.ranked(index).rows)
+        else:
+            with repeatable(case.model):
+                part = short.parts(batch, case.loss_fn, lambda found, _: kind_of(found.name), segments, case.batch_axis)
+            rows.append(part.rows)
         if perf_counter() - begun > case.seconds / 2:
             break
     by_kind = {name: torch.cat([r[name] for r in rows]) for name in rows[0] if all(name in r for r in rows)}

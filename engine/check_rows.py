@@ -23,7 +23,10 @@ PerKind = dict[str, float]
 
 def mode(case: Case) -> Result:
     """Whether two captures of the same batch agree."""
-    first, second = case.parts(case.batch, by_kind=True).values, case.parts(case.batch, by_kind=True).values
+    with repeatable(case.model):
+        first = case.together.values
+    with repeatable(case.model, seed=1):
+        second = case.parts(case.batch).values
     difference = float(relative(second, first).max())
     limit = 2e-2 if case.low_precision else 1e-4
     state = "training mode" if case.model.training else "evaluation mode"
@@ -130,10 +133,11 @@ def isolation(case: Case) -> Result:
     """Whether one example's loss reaches another's rows."""
     if len(case.singles) < 2:
         return Result("isolation", "skip", "the batch holds one example: nothing can leak")
-    capture = Capture(case.model, case.spec, case.modules, case.backend, ("*",))
     try:
         with repeatable(case.model):
-            capture(case.batch, case.loss_fn, segments_of(case.batch), case.batch_axis)
+            loss = case.together.loss
+        with repeatable(case.model):
+            case.capture.isolate(case.batch, case.loss_fn, loss, segments_of(case.batch), case.batch_axis)
     except CaptureError as error:
         return Result("isolation", "fail", str(error))
     packed = " (packed)" if segments_of(case.batch) is not None else ""
@@ -172,6 +176,7 @@ def _lengths(case: Case) -> str:
 def _tapped(case: Case) -> float | str:
     """Conservation as a tap measures it on a backward pass of the whole batch; the complaint where it does not hold."""
     capture = Capture(case.model, case.spec, case.modules, case.backend, ("*",))
+    capture.probed = True  # leaks are another check's business
     parameters: list[torch.nn.Parameter] = [p for found in case.maps for p in found.parameters.values()]
     model = unwrap_parallel(case.model)
     try:
