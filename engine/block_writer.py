@@ -3,7 +3,8 @@
 A block is committed in three steps: every column's file is written beside its place and flushed; all are renamed; last,
 the marker is renamed into place. The marker is itself a chunk of a small zarr array, ``blocks``, that holds the
 number of rows and a content hash of the block's examples. A process that is killed between any two steps leaves a block
-without a marker, which the next run computes again, to the same bytes.
+without a marker, which the next run computes again, to the same bytes. Renames reach the disk in any order when the
+power is cut; so the next run reads every committed block and compares it with its checksums and its marker.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from gradsift.engine.columns import TEMPORARY, Column, place, sync_folder, write_atomically, write_beside
+from gradsift.engine.columns import TEMPORARY, Column, place, write_atomically, write_beside
 from gradsift.kernels.errors import StoreError
 
 __all__ = ["BlockWriter", "Group", "cannot_write", "content_hash"]
@@ -226,14 +227,11 @@ class BlockWriter:
             raise
         for temporary, path in written:
             place(temporary, path)
-        for column in self._group.columns:
-            sync_folder(self._root / column.name)
         marker = np.zeros((1, 3), dtype=np.uint64)
         marker[0, 0] = rows
         marker[0, 1:] = content_hash([identity[name] for name in self._group.identity])
         path = self._group.marker.file(self._root, index)
         place(write_beside(path, self._group.marker.encode(marker)), path)
-        sync_folder(path.parent)
         self.committed[index] = rows
 
     def _recover(self, before_repair: Callable[[], None]) -> dict[int, int]:

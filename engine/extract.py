@@ -33,7 +33,7 @@ __all__ = ["extract"]
 logger = logging.getLogger(__name__)
 
 _BLOCK_BYTES = 16 << 20
-"""Features per block unless told otherwise: large enough that opening a file costs 2 % of reading it."""
+"""Features per block unless told otherwise: large enough that opening a file costs a few per cent of reading it."""
 
 _SHARE = 16
 """Small data has at least this many blocks, so that a stop costs at most that share of the work."""
