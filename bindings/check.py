@@ -62,11 +62,12 @@ def check(
 
     [bold]gradsift check --model HuggingFaceTB/SmolLM2-135M --adapter ./adapter --data train.jsonl[/bold]
 
-    Rows are compared with plain autograd, one example at a time, with the gradient of a whole batch, with themselves in
-    another batch and in another precision; the sketch's ranking with the exact one; the loss with the model's own. It
-    says what the loss trains on, which layers are refused and why, and how much of what is trained is left out.
+    Rows are compared with plain autograd, one example at a time; in sum, with the gradient of a
+    batch; with themselves, alone and in a batch, and in another precision. The sketch's ranking is
+    compared with the exact one, the loss with the model's own. It says what the loss trains on,
+    which layers are refused and why, and what is trained but left out.
 
-    Exit code 0: nothing is wrong. 1: something is, and the check that failed names it. 2: the input cannot be read.
+    Exit code 0: nothing is wrong. 1: something is, and it is named. 2: the input cannot be read.
 
     [bold]... --dim 1024[/bold]   would shorter rows do?
 

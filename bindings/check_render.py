@@ -65,7 +65,7 @@ def mask(pieces: Sequence[str], trained: Sequence[bool], marks: bool = False) ->
     """Text whose tokens with loss stand out; in [ ] where there are no colours."""
     text, length, inside = Text(), 0, False
     for piece, on in zip(pieces, trained, strict=True):
-        shown = piece.replace("\r", "").replace("\n", "↵") or ("⏎" if on else "")
+        shown = piece.replace("\r", "").replace("\n", "↵") or ("<end>" if on else "")
         if length + len(shown) > _SHOWN:
             text.append(" …", style="dim")
             break
@@ -113,21 +113,21 @@ def _cosine(value: float | None, result: Result) -> Text:
 
 
 def _checks(results: Sequence[Result]) -> Table:
+    """A line per check; those that did not run for one reason share a line at the end."""
     out = Table(box=None, show_header=False, pad_edge=False)
     out.add_column(no_wrap=True)
     out.add_column(no_wrap=True, style="bold")
     out.add_column(overflow="fold")
+    skipped: dict[str, list[str]] = {}
     for result in results:
         mark, style = _MARKS[result.verdict]
-        loud = result.verdict in ("warn", "fail")
-        out.add_row(
-            Text(mark, style=style),
-            result.name,
-            Text(
-                result.sentence,
-                style="dim" if result.verdict == "skip" else style.removeprefix("bold ") if loud else "",
-            ),
-        )
+        if result.verdict == "skip":
+            skipped.setdefault(result.sentence, []).append(result.name)
+        else:
+            colour = "" if result.verdict == "ok" else style.removeprefix("bold ")
+            out.add_row(Text(mark, style=style), result.name, Text(result.sentence, style=colour))
+    for sentence, names in skipped.items():
+        out.add_row(*(Text(cell, style="dim") for cell in ("-", "not run", f"{', '.join(names)}: {sentence}")))
     return out
 
 

@@ -34,15 +34,19 @@ class Selection:
         modules: a selection that leaves out what is refused.
         maps: what it selects; none when everything is refused.
         refused: map name -> why.
+        nothing: why the selection is empty, where no single map is to blame.
     """
 
-    def __init__(self, modules: Modules, maps: list[Map], refused: dict[str, str]):
+    def __init__(self, modules: Modules, maps: list[Map], refused: dict[str, str], nothing: str = ""):
         self.modules = modules
         self.maps = maps
         self.refused = refused
+        self.nothing = nothing
 
     def result(self, silent: Sequence[Map] = (), cause: str = "") -> Result:
         """The check "maps"; the ``silent`` ones gave no gradient, because of ``cause``."""
+        if self.nothing:
+            return Result("maps", "fail", self.nothing)
         total = len(self.maps) + len(self.refused)
         if self.refused:
             causes: dict[str, list[str]] = {}
@@ -73,9 +77,9 @@ def select(model: nn.Module, modules: Modules) -> Selection:
         except CaptureError as error:
             refused[name] = _cause(str(error), name)
     try:
-        return Selection(kept, find_maps(model, kept) if kept else [], refused or {"selection": first})
-    except CaptureError as error:  # it takes several maps to see this one, such as tied weights
-        return Selection([], [], refused or {"selection": str(error)})
+        return Selection(kept, find_maps(model, kept) if kept else [], refused, "" if refused else first)
+    except CaptureError as error:  # it takes several maps to see this one, such as a weight that two share
+        return Selection([], [], refused, str(error))
 
 
 def adapter(case: Case) -> Result:

@@ -471,3 +471,9 @@ def test_overlap_counts_shared_neighbours() -> None:
     assert overlap(truth, truth, 2) == 1.0
     assert overlap(truth, -truth, 1) == 0.0
     assert overlap(truth, -truth, 1, among=3) == 1.0
+
+
+def test_a_selection_of_nothing() -> None:
+    report = run(llama())
+    assert troubles(report) == {"maps": "fail"}
+    assert "no LoRA layer" in report["maps"].sentence
