@@ -50,9 +50,22 @@ def rows() -> np.ndarray:
 def folder(tmp_path_factory: pytest.TempPathFactory, rows: np.ndarray) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("store")
     write_store(folder / "rows.zarr", rows)
-    np.save(folder / "rows.npy", rows)
+    write_numpy(folder / "rows.npy", rows)
+    forget(folder)
     yield folder
     shutil.rmtree(folder)
+
+
+def forget(folder: Path) -> None:
+    """Drop what the page cache holds of a folder, so that all files are cached as reading caches them.
+
+    Pages cached by writing are as large as memory happened to allow at that moment, and mapping a file costs by their
+    number.
+    """
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def write_store(path: Path, rows: np.ndarray) -> None:
