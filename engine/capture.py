@@ -112,7 +112,8 @@ class Capture:
             if not self.probed and len(loss) > 1:
                 with same_randomness(self.model):
                     self._probe(batch, loss_fn, layout, loss)
-        return Features(rows.values, loss.float(), rows.grad_norm, self.spec, self.table)
+        kind = getattr(loss_fn, "kind", None)
+        return Features(rows.values, loss.float(), rows.grad_norm, self.spec, self.table, kind)
 
     def tap(self, segments: Tensor | Sequence[int] | None = None, batch_axis: int = 0, scale: float = 1.0) -> Tap:
         """Rows as a by-product of the caller's own forward and backward pass; see ``Tap``."""

@@ -32,7 +32,8 @@ class Features:
             not known (a parameter used in several backward passes).
         spec: the projection.
         table: the captured parameters.
-        loss_kind: what a store calls the loss (its ``kind``, else its name); None under a tap.
+        loss_kind: the ``kind`` that the loss declares, compared with a store's; None when it declares none or is not
+            seen (under a tap).
     """
 
     values: Tensor

@@ -66,7 +66,8 @@ class Fisher:
         rows = self.rows.to(torch.float64)
         gram = rows @ rows.T if self._dual else rows.T @ rows
         gram.diagonal().add_(len(rows) * self.damping)
-        return torch.linalg.cholesky(gram)
+        factor: Tensor = torch.linalg.cholesky(gram)
+        return factor
 
     def solve(self, queries: Tensor) -> Tensor:
         """``(F + lambda I)^-1 q`` for each query.

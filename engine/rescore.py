@@ -162,9 +162,12 @@ def _forward(call: nn.Module, batch: Mapping[str, Any], weights: Vector, directi
         with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level(), warnings.catch_warnings():
             # torch's own formulas for forward mode go through TorchScript, which torch calls deprecated.
             warnings.filterwarnings("ignore", r".*torch\.jit", DeprecationWarning)
-            dual = {name: forward_ad.make_dual(w, direction[name]) for name, w in weights.items()}
+            dual = {
+                name: forward_ad.make_dual(w, direction[name])  # type: ignore[no-untyped-call]
+                for name, w in weights.items()
+            }
             losses: Tensor = functional_call(call, dual, (batch,))
-            tangent = forward_ad.unpack_dual(losses).tangent
+            tangent: Tensor | None = forward_ad.unpack_dual(losses).tangent  # type: ignore[no-untyped-call]
     except (NotImplementedError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BackendError(

@@ -162,7 +162,7 @@ class _Search:
     def _floor(self, low: Tensor) -> Tensor:
         """What a score must be able to reach, per answer: the k-th best of the pool, or of this block by its bound."""
         full = [p.scores[-1] if len(p.scores) == self.k else -np.inf for p in self.pools]
-        floor = (torch.tensor(full, dtype=torch.float64) / self.scale).to(torch.float32)
+        floor: Tensor = (torch.tensor(full, dtype=torch.float64) / self.scale).to(torch.float32)
         if low.shape[1] >= self.k:
             floor = torch.maximum(floor, low.topk(self.k, dim=1).values[:, -1])
         return floor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,12 +11,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import llama, one, padded_batch, with_lora
 from stores import TABLE, MemoryStore, dense_order, features, random_rows
 from torch import Tensor
 
 import gradsift as gs
 from gradsift.engine.features import TableRow
 from gradsift.engine.fisher import Fisher
+from gradsift.engine.losses import language_model
 from gradsift.engine.rescore import Exact
 from gradsift.engine.search import prepare
 
@@ -178,6 +181,31 @@ def test_refusals(queries: Any, arguments: dict[str, Any], error: type[Exception
     store = MemoryStore(random_rows(30), path="train.zarr", spec=SPEC, table=TABLE, metadata=metadata)
     with pytest.raises(error, match=text):
         gs.topk(store, queries, **{"scorer": "dot", **arguments})
+
+
+def test_a_real_store_answers_and_refuses_what_it_does_not_hold(tmp_path: Path) -> None:
+    model, batch = with_lora(llama()), padded_batch(12)
+    batches = [{key: value[i : i + 5] for key, value in batch.items()} for i in range(0, 12, 5)]
+    path = tmp_path / "train.zarr"
+    store = gs.extract(
+        model, batches, language_model, path, spec=gs.SketchSpec(dim=256), curvature=12, block=4, progress=False
+    )
+    capture = gs.Capture(model, store.spec)
+    asked = capture(one(batch, 3), language_model)
+    for scorer in ("fisher", "cosine"):
+        top = gs.topk(store, asked, 3, scorer)  # type: ignore[arg-type]
+        assert (top.scorer, top.ids[0, 0]) == (scorer, 3)
+    np.testing.assert_allclose(top.scores[0, 0], float(asked.values.norm() / asked.grad_norm) ** 2, rtol=1e-5)
+
+    def other(model: Any, batch: Any) -> Tensor:
+        return language_model(model, batch)
+
+    other.kind = "margin"  # type: ignore[attr-defined]
+    with pytest.raises(gs.SpecError, match=r"loss 'margin' but '.*train\.zarr' holds those of 'language_model'"):
+        gs.topk(store, capture(one(batch, 3), other), 3)
+    narrow = gs.Capture(model, store.spec, ["*q_proj"])(one(batch, 3), language_model)
+    with pytest.raises(gs.SpecError, match=r"other parameters than .*row 2 is .*q_proj.*expected .*v_proj"):
+        gs.topk(store, narrow, 3)
 
 
 def test_a_row_that_is_not_finite_is_named() -> None:
