@@ -247,7 +247,12 @@ def uncovered_shares(model: nn.Module, maps: Iterable[Map]) -> dict[str, float]:
     names = parameter_names(model)
     trainable = [p for p in model.parameters() if p.requires_grad]
     total = sum(p.numel() for p in trainable)
-    return {names.get(id(p), "?"): p.numel() / total for p in trainable if id(p) not in owned}
+    shares: dict[str, float] = {}
+    for parameter in trainable:
+        if id(parameter) not in owned:  # nested wrappers of PEFT can give two parameters one name
+            name = names.get(id(parameter), "?")
+            shares[name] = shares.get(name, 0.0) + parameter.numel() / total
+    return shares
 
 
 def _lora_maps(name: str, layer: Any, names: dict[int, str]) -> list[Map]:
