@@ -26,9 +26,9 @@ _SHOWN = 400
 """Characters of the example whose mask is shown."""
 
 _LEGEND = (
-    "autograd: rows of one example at a time against plain autograd · sum: rows of a batch against its gradient · "
-    "batch: the same example alone and in a batch (largest relative errors) · precision: mean cosine of rows in low "
-    "and full precision · sketch: error of inner products at dim {dim}"
+    "energy: share of the squared gradient norm · autograd: rows of one example at a time against plain autograd · "
+    "sum: rows of a batch against its gradient · batch: the same example alone and in a batch (largest relative "
+    "errors) · precision: mean cosine of rows in low and full precision · sketch: error of inner products at dim {dim}"
 )
 
 

@@ -18,6 +18,7 @@ from gradsift.engine.check_case import BlockedError, Case
 from gradsift.engine.check_parts import kind_of
 from gradsift.engine.check_report import KindRow, Report, Result
 from gradsift.engine.extraction import evaluating
+from gradsift.engine.frozen import eager
 from gradsift.engine.losses import language_model
 from gradsift.engine.maps import Modules, uncovered_shares
 from gradsift.kernels.errors import DataError, GradsiftError
@@ -105,7 +106,7 @@ def check(
         allow_idle=tuple(allow_idle),
         seconds=seconds,
     )
-    with _muted():
+    with _muted(), eager():
         return _report(case, chosen, modules != "lora", progress or (lambda _: None))
 
 

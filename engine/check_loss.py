@@ -20,9 +20,31 @@ __all__ = ["labels", "loss", "loss_tokens", "shown"]
 _NOT_FOR_THE_MODEL = ("ids", "segments")
 
 _SHIFTS = {
-    0: "label t is scored where token t itself is read, so the loss asks for a copy: it must be shifted by one",
-    2: "label t is scored two tokens early: labels that are shifted already are shifted again",
+    -1: "label t is scored where token t itself is read, so the loss asks for a copy",
+    1: "label t is scored a token too early: labels that are shifted already are shifted again",
 }
+"""What it means when a loss shifts labels by one less, or one more, than the model does."""
+
+
+class _Labels(NamedTuple):
+    """Labels of a language model's batch, each of shape (n, T), on the CPU.
+
+    Attributes:
+        ids: the tokens that labels line up with; an encoder-decoder's labels themselves.
+        target: labels, -100 where there is no loss.
+        attended: which positions are no padding.
+        shift: how far before its token a label is scored: 1, or 0 for an encoder-decoder.
+    """
+
+    ids: Tensor
+    target: Tensor
+    attended: Tensor
+    shift: int
+
+    @property
+    def counted(self) -> Tensor:
+        """Which labels carry loss, (n, T - shift)."""
+        return self.target[:, self.shift :] != IGNORE
 
 
 def loss(case: Case) -> Result:
@@ -65,18 +87,18 @@ def labels(case: Case) -> Result:
     tokens = counted = padding = same = ahead = comparable = 0
     masked: list[str] = []
     for batch, n in case.pool:
-        found = _label_batch(batch)
+        found = _labels_of(batch)
         if found is None:
             return Result("labels", "skip", "the batch has no input_ids and labels to look at")
-        ids, target, mask = found
-        on = target != IGNORE
-        tokens += int(mask.sum())
-        counted += int(on[:, 1:].sum())
-        padding += int((on & ~mask).sum())
-        comparable += int(on[:, 1:].sum())
-        same += int((on & (target == ids))[:, 1:].sum())
-        ahead += int((on & (target == ids.roll(-1, 1)))[:, 1:-1].sum())
-        masked += [str(case_id) for case_id in _all_masked(case, batch, n)]
+        on = found.target != IGNORE
+        tokens += int(found.attended.sum())
+        counted += loss_tokens(case, batch) or int(found.counted.sum())
+        padding += int((on & ~found.attended).sum())
+        masked += [str(name) for name in _all_masked(case, batch, found, n)]
+        if found.shift:
+            comparable += int(found.counted.sum())
+            same += int((on & (found.target == found.ids))[:, 1:].sum())
+            ahead += int((on & (found.target == found.ids.roll(-1, 1)))[:, 1:-1].sum())
     share = f"{counted:,} of {tokens:,} tokens carry loss ({counted / max(tokens, 1):.0%})"
     if padding:
         return Result(
@@ -115,15 +137,14 @@ def labels(case: Case) -> Result:
 def shown(case: Case) -> Shown | None:
     """The first example with the loss of each token."""
     per_token = getattr(case.loss_fn, "token_losses", None)
-    found = _label_batch(case.singles[0])
+    found = _labels_of(case.singles[0])
     if per_token is None or found is None:
         return None
-    ids, target, _ = found
     with torch.no_grad(), repeatable(case.model):
         losses = per_token(case.model, case.singles[0])[0].float().cpu()
-    trained = target[0] != IGNORE
-    trained[0] = False  # nothing predicts the first token
-    return Shown(case.names[0], tuple(ids[0].tolist()), tuple(trained.tolist()), tuple(losses.tolist()))
+    trained = found.target[0] != IGNORE
+    trained[: found.shift] = False  # nothing predicts the first token
+    return Shown(case.names[0], tuple(found.ids[0].tolist()), tuple(trained.tolist()), tuple(losses.tolist()))
 
 
 def loss_tokens(case: Case, batch: Any) -> int:
@@ -133,22 +154,23 @@ def loss_tokens(case: Case, batch: Any) -> int:
 
 
 class _Own(NamedTuple):
+    """What the model says of one example: its mean loss, of how many labels, and the logits behind it."""
+
     mean: float
     tokens: int
     logits: Tensor
     labels: Tensor
+    shift: int
 
 
 def _own_loss(case: Case, single: Any) -> _Own | None:
     """The loss that the model itself computes for one example's labels; None where it has none."""
-    found = _label_batch(single)
+    found = _labels_of(single)
     if found is None or not hasattr(case.model, "config"):
         return None
-    _, target, mask = found
-    target = torch.where(mask, target, IGNORE) if "labels" not in single else target
     device = next(case.model.parameters()).device
     inputs = {k: v.to(device) for k, v in single.items() if isinstance(v, Tensor) and k not in _NOT_FOR_THE_MODEL}
-    inputs["labels"] = target.to(device)
+    inputs["labels"] = found.target.to(device)
     torch.manual_seed(0)
     try:
         output = case.model(**inputs)
@@ -157,49 +179,45 @@ def _own_loss(case: Case, single: Any) -> _Own | None:
     own, logits = getattr(output, "loss", None), getattr(output, "logits", None)
     if own is None or logits is None or own.ndim or not bool(own.isfinite()):
         return None
-    counted = int((target[:, 1:] != IGNORE).sum())
-    return _Own(float(own), counted, logits.detach(), inputs["labels"])
+    return _Own(float(own), int(found.counted.sum()), logits.detach(), inputs["labels"], found.shift)
 
 
 def _explain(value: float, own: _Own, name: str | int) -> str:
     """Why a loss differs from the model's own."""
-    for shift, cause in _SHIFTS.items():
-        length = own.labels.shape[1] - shift
-        losses = functional.cross_entropy(
-            own.logits[0, :length].float(), own.labels[0, shift:], ignore_index=IGNORE, reduction="sum"
-        )
-        count = max(int((own.labels[0, shift:] != IGNORE).sum()), 1)
-        if any(abs(value - float(losses) / c) < 1e-3 * float(losses) / c for c in (1, count)):
-            return f"the loss is shifted by {shift} tokens instead of 1: {cause}"
+    for more, cause in _SHIFTS.items():
+        shift = own.shift + more
+        target = own.labels[0, max(shift, 0) :]
+        logits = own.logits[0, max(-shift, 0) :][: len(target)].float()
+        losses = functional.cross_entropy(logits, target[: len(logits)], ignore_index=IGNORE, reduction="sum")
+        counts = (1, max(int((target != IGNORE).sum()), 1))
+        if any(abs(value - float(losses) / count) < 1e-3 * float(losses) / count for count in counts):
+            return f"the loss is shifted by {shift} tokens instead of {own.shift}: {cause}"
     return (
         f"the loss of example {name} is {value:.4g}, but the model's own for the same labels is {own.mean:.4g} per "
         f"token and {own.mean * own.tokens:.4g} in all: look at its shift, mask and reduction"
     )
 
 
-def _label_batch(batch: Any) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Token ids, labels and attention (n, T) of a causal language model's batch, on the CPU."""
+def _labels_of(batch: Any) -> _Labels | None:
+    """The labels of a language model's batch; None for anything else."""
     if not isinstance(batch, Mapping) or not isinstance(batch.get("input_ids"), Tensor):
         return None
-    ids = batch["input_ids"].cpu()
+    ids, target = batch["input_ids"].cpu(), batch.get("labels")
+    if isinstance(target, Tensor) and (target.shape != ids.shape or any(key.startswith("decoder_") for key in batch)):
+        target = target.cpu()
+        mask = batch.get("decoder_attention_mask")
+        attended = mask.cpu() != 0 if isinstance(mask, Tensor) else target != IGNORE
+        return _Labels(target, target, attended, 0)
     mask = batch.get("attention_mask")
     attended = mask.cpu() != 0 if isinstance(mask, Tensor) and mask.shape == ids.shape else torch.ones_like(ids) != 0
-    target = batch.get("labels")
-    target = torch.where(attended, ids, IGNORE) if target is None else target.cpu()
-    if target.shape != ids.shape or any(key.startswith("decoder_") for key in batch):
-        return None
-    return ids, target, attended
+    return _Labels(ids, torch.where(attended, ids, IGNORE) if target is None else target.cpu(), attended, 1)
 
 
-def _all_masked(case: Case, batch: Any, n: int) -> list[str | int]:
+def _all_masked(case: Case, batch: Any, found: _Labels, n: int) -> list[str | int]:
     """Ids of examples without a label that counts."""
     count = getattr(case.loss_fn, "loss_tokens", None)
-    if count is None:
-        found = _label_batch(batch)
-        if found is None or segments_of(batch) is not None:
-            return []
-        counts = (found[1][:, 1:] != IGNORE).sum(1)
-    else:
-        counts = count(batch)
+    if count is None and segments_of(batch) is not None:
+        return []
+    counts = found.counted.sum(1) if count is None else count(batch)
     names = batch.get("ids", range(n))
     return [names[i] for i in (counts == 0).nonzero().flatten().tolist()]

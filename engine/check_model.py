@@ -174,11 +174,13 @@ def coverage(case: Case, left: dict[str, float], explicit: bool) -> Result:
         return Result("coverage", "ok", f"every trainable number is captured ({numbers:,})", 1.0, _ENOUGH)
     names = ", ".join(f"{name} ({part:.1%})" for name, part in sorted(left.items(), key=lambda kv: -kv[1])[:3])
     more = f" and {len(left) - 3} more" if len(left) > 3 else ""
-    text = f"{share:.1%} of the trainable numbers are captured; left out: {names}{more}"
+    text = (
+        f"{share:.1%} of the trainable numbers are captured, and nothing is said of what the rest learns: {names}{more}"
+    )
     if share >= _ENOUGH:
         return Result("coverage", "ok", text, share, _ENOUGH)
     verdict: Verdict = "warn" if explicit or share >= _HALF else "fail"
-    return Result("coverage", verdict, f"{text}: add them to modules=[...] if they are linear maps", share, _ENOUGH)
+    return Result("coverage", verdict, text, share, _ENOUGH)
 
 
 def _candidates(model: nn.Module, patterns: list[str] | None) -> Iterator[str]:
@@ -199,9 +201,7 @@ def _candidates(model: nn.Module, patterns: list[str] | None) -> Iterator[str]:
 def _cause(text: str, name: str) -> str:
     """A refusal without the map's own name, so that equal ones can be told together."""
     _, found, cause = text.partition(": ")
-    if not found or name not in text:
-        return text
-    return cause
+    return cause if found and text.startswith(name) else text
 
 
 def _some(names: list[str]) -> str:

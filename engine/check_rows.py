@@ -113,7 +113,7 @@ def batch(case: Case) -> tuple[Result, PerKind]:
     ratio = (a * b).sum(1) / a.square().sum(1).clamp_min(torch.finfo(torch.float64).tiny)
     if bool((relative(b, a * ratio[:, None]) < limit).all()):
         cause = (
-            f"in the batch it is {float(ratio.min()):.3g} to {float(ratio.max()):.3g} times as long: the loss is "
+            f"in the batch it is {_range(ratio)} times as long: the loss is "
             "divided by something of the whole batch, such as its examples or its tokens; return a sum per example"
         )
     elif segments_of(case.batch) is not None:
@@ -161,6 +161,11 @@ def energy(case: Case) -> PerKind:
     squares = case.together.squares
     total = torch.stack(list(squares.values())).sum(0).clamp_min(torch.finfo(torch.float32).tiny)
     return case.kinds({name: float((square / total).mean()) for name, square in squares.items()}, sum)
+
+
+def _range(values: Tensor) -> str:
+    low, high = f"{float(values.min()):.3g}", f"{float(values.max()):.3g}"
+    return low if low == high else f"{low} to {high}"
 
 
 def _lengths(case: Case) -> str:

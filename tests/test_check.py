@@ -13,7 +13,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import gradsift as gs
 from gradsift.engine.check import CHECKS, check
@@ -321,7 +328,7 @@ def test_a_mean_over_the_batch() -> None:
 
     report = run(healthy(), loss_fn=loss_fn)
     assert troubles(report) == {"batch": "fail"}
-    assert "0.167 to 0.167 times as long: the loss is divided by" in report["batch"].sentence
+    assert "0.167 times as long: the loss is divided by" in report["batch"].sentence
 
 
 def test_a_scalar_loss() -> None:
@@ -477,3 +484,44 @@ def test_a_selection_of_nothing() -> None:
     report = run(llama())
     assert troubles(report) == {"maps": "fail"}
     assert "no LoRA layer" in report["maps"].sentence
+
+
+def test_an_encoder_decoder() -> None:
+    torch.manual_seed(5)
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    base = T5ForConditionalGeneration(T5Config(vocab_size=VOCAB, decoder_start_token_id=0, pad_token_id=0, **sizes))
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q", "v"], init_lora_weights=False)).eval()
+    batches = []
+    for batch in BATCHES:
+        labels = batch["labels"][:, :9].clone()
+        batches.append({**batch, "labels": labels, "decoder_attention_mask": (labels != -100).long()})
+    report = run(model, batches)
+    assert {k for k, v in troubles(report).items() if v == "fail"} <= {"adapter"}
+    assert "equal to the model's own loss" in report["loss"].sentence
+    assert "(100%)" in report["labels"].sentence
+
+    def late(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        labels = functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+        return language_model(
+            model, {**batch, "labels": labels, "decoder_input_ids": base._shift_right(batch["labels"])}
+        )
+
+    assert "shifted by 1 tokens instead of 0" in run(model, batches, late)["loss"].sentence
+
+
+def test_fused_experts_are_refused_and_their_share_is_known() -> None:
+    torch.manual_seed(7)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    base = MixtralForCausalLM(
+        MixtralConfig(vocab_size=VOCAB, num_key_value_heads=2, num_local_experts=4, max_position_embeddings=64, **sizes)
+    )
+    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    model = tune(get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], target_parameters=experts)), 4)
+    report = run(model)
+    assert report["maps"].verdict == "fail"
+    assert "model.layers.0.mlp.experts: LoRA on the parameter" in report["maps"].sentence
+    captured = sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and "q_proj" in name)
+    total = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert report["coverage"].verdict == "fail"
+    assert report["coverage"].measured == pytest.approx(captured / total)
+    assert report["features"].verdict == "ok"
