@@ -68,7 +68,7 @@ def extract(
     Args:
         loader: any re-iterable of batches, such as a ``DataLoader`` or a list; a batch is a mapping. ``batch["ids"]``
             names its examples (text or integers, none twice; row numbers without it), ``batch["segments"]``
-            are the offsets of examples that are packed in one row.
+            are the offsets of examples that are packed in one row. ``loader.rows``, if it has that, is their number.
         loss_fn: ``loss_fn(model, batch)`` -> (n,), one loss per example. Used when it has them:
             ``loss_tokens(batch)`` -> (n,), ``kind``, and ``sampled(model, batch, seeds)`` -> (n,), without which
             there is no curvature sample.
