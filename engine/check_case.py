@@ -110,8 +110,11 @@ class Case:
         return {kind: reduce(values) for kind, values in gathered.items() if values}
 
     def unreported(self) -> list[Map]:
-        """Maps that gave no gradient in any pass of one example."""
-        return [found for found in self.maps if not any(name in self.alone for name in found.parameters)]
+        """Maps that gave no gradient in any pass of one example; none where those passes failed."""
+        rows = self._known.get("alone")
+        if rows is None:
+            return []
+        return [found for found in self.maps if not any(name in rows for name in found.parameters)]
 
     def _alone(self) -> dict[str, Tensor]:
         rows = [self.parts(single).rows for single in self.singles]
@@ -124,18 +127,22 @@ class Case:
         self._known.clear()
 
     def ready(self, name: str) -> bool:
-        """Whether a shared result is computed already."""
-        return self._known.get(name) is not None
+        """Whether a shared result is computed already, and holds rows."""
+        return _holds(self._known.get(name))
 
     def _once(self, name: str, compute: Callable[[], T]) -> T:
-        """Computed at the first use; when that failed, the later ones are blocked."""
+        """Computed at the first use; when that failed, or gave no row, the later ones are blocked."""
         if name not in self._known:
             self._known[name] = None
             self._known[name] = compute()
-        if self._known[name] is None:
+        if not self.ready(name):
             raise BlockedError
         return self._known[name]  # type: ignore[no-any-return]
 
 
 def _stack(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def _holds(known: Any) -> bool:
+    return bool(known.rows) if isinstance(known, Parts) else known is not None and known != {}

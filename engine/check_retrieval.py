@@ -176,15 +176,15 @@ def _exact_and_sketched(case: Case, maps: list[Map]) -> tuple[_Rows, _Exact]:
     begun = perf_counter()
     for index, (batch, _) in enumerate(case.pool):
         segments = segments_of(batch)
-        with repeatable(case.model):
-            whole = exact.parts(batch, case.loss_fn, lambda *_: "", segments, case.batch_axis)
-        gradients.append(whole.values)
         if everything:
             rows.append(case.ranked(index).rows)
         else:
             with repeatable(case.model):
                 part = short.parts(batch, case.loss_fn, lambda found, _: kind_of(found.name), segments, case.batch_axis)
             rows.append(part.rows)
+        with repeatable(case.model):
+            whole = exact.parts(batch, case.loss_fn, lambda *_: "", segments, case.batch_axis)
+        gradients.append(whole.values)
         if perf_counter() - begun > case.seconds / 2:
             break
     by_kind = {name: torch.cat([r[name] for r in rows]) for name in rows[0] if all(name in r for r in rows)}

@@ -525,3 +525,16 @@ def test_fused_experts_are_refused_and_their_share_is_known() -> None:
     assert report["coverage"].verdict == "fail"
     assert report["coverage"].measured == pytest.approx(captured / total)
     assert report["features"].verdict == "ok"
+
+
+def test_no_map_reports_anything() -> None:
+    report = run(Net("around"), points(), squared, modules="second")
+    assert {k for k, v in troubles(report).items() if v == "fail"} == {"maps"}
+    assert "1 of 1 maps gave no gradient (second)" in report["maps"].sentence
+    assert report["sketch"].verdict == report["batch"].verdict == "skip"
+
+
+def test_one_example_is_enough_for_most() -> None:
+    report = run(healthy(), [take(BATCHES[0], [1], 6)])
+    assert troubles(report) == {}
+    assert report["isolation"].verdict == report["sketch"].verdict == "skip"
