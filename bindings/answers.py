@@ -154,31 +154,27 @@ class Asker:
         return f"{name}  loss {self._loss(query) / tokens:.3f} per token, {tokens} tokens"
 
     def _question_text(self, query: int, whole: bool) -> Text:
-        example = self._questions.example(query)
-        shown = coloured(example.pieces, None, limit=_EVERYTHING if whole else 800)
-        counted = example.labels != IGNORE
-        if self._questions.encoder.encoder_decoder:
-            return Text.assemble((self._prompt(self._questions.record(query)), "dim"), " → ", shown)
-        first = int(counted.argmax())
-        shown.stylize("dim", 0, len("".join(example.pieces[:first])))
-        return shown
+        return self._text(self._questions, query, None, _EVERYTHING if whole else 800, marks=False)
+
+    @staticmethod
+    def _text(data: Dataset, index: int, shares: Any, limit: int, marks: bool) -> Text:
+        """An example for people: tokens without loss set back, the others coloured by their shares."""
+        record, example = data.record(index), data.example(index)
+        pieces, dim = data.encoder.shown(record, example), example.labels == IGNORE
+        text = coloured(pieces, shares, limit=limit, dim=dim, marks=marks)
+        return Text.assemble((str(record["prompt"]), "dim"), " → ", text) if data.encoder.encoder_decoder else text
 
     def _table(self, console: Console, answer: Answer, query: int, whole: bool) -> Any:
         rows = []
         colours = console.color_system is not None
         for place, found in enumerate(self._rows(answer, query), start=1):
-            pieces, shares = zip(*found["tokens"], strict=True)
-            text = coloured(pieces, shares, limit=_EVERYTHING if whole else 320, marks=not colours)
-            if self._space.data.encoder.encoder_decoder:
-                text = Text.assemble((self._prompt(found["record"]), "dim"), " → ", text)
+            shares = [share for _, share in found["tokens"]]
+            index = self._space.index(found["row"])
+            text = self._text(self._space.data, index, shares, _EVERYTHING if whole else 320, marks=not colours)
             tokens = found["loss_tokens"] or 1
             rows.append((place, number(found["score"]), f"{found['loss'] / tokens:.3f}", found["id"], text))
         title = "most influential" if answer.top.largest else "pushing the other way"
         return table(("", "score", "loss/token", "id", title), rows, wide=title)
-
-    @staticmethod
-    def _prompt(record: Mapping[str, Any]) -> str:
-        return str(record["prompt"])
 
 
 def _corrected(sample: CurvatureSample, vectors: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:

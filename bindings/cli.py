@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -386,6 +387,7 @@ def _quiet() -> None:
     """Warnings of this library go to stderr, one a line; those of others only when they are errors."""
     logging.basicConfig(level=logging.ERROR, format="%(message)s", handlers=[_Notes()])
     logging.getLogger("gradsift").setLevel(logging.WARNING)
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read when torch imports tqdm
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
 

@@ -118,6 +118,19 @@ class Encoder:
             return "assistant turns only, as the chat template marks them"
         return "assistant turns only, found by rendering prefixes (the chat template has no {% generation %} markers)"
 
+    def shown(self, record: Record, example: Example) -> list[str]:
+        """The text of each token as people want to read it: of a chat without control tokens and default prompts."""
+        if self.form != "messages":
+            return list(example.pieces)
+        added = getattr(self.tokenizer, "added_tokens_decoder", {}).values()
+        hidden = {*self.tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
+        first = str(record["messages"][0]["content"])
+        begin, passed, out = "".join(example.pieces).find(first), 0, []
+        for piece in example.pieces:
+            passed += len(piece)
+            out.append("" if piece in hidden or passed <= begin else piece)
+        return out
+
     def encode(self, records: Sequence[Record]) -> list[Example | DataError]:
         """Tokens of each record, or what is wrong with it (column and cause; the caller knows the place)."""
         results: list[Example | DataError] = []

@@ -31,7 +31,7 @@ def coloured(
     scores: Sequence[float] | np.ndarray | None,
     *,
     limit: int = 320,
-    scale: float | None = None,
+    dim: Sequence[bool] | np.ndarray | None = None,
     marks: bool = False,
 ) -> Text:
     """Text with its tokens coloured by what they add to a score: green pulls, red pushes.
@@ -40,19 +40,20 @@ def coloured(
         pieces: text of each token; joined, they are the whole text.
         scores: number of each token, as many as pieces or more; None for plain text.
         limit: characters to show; of a longer text the part with the strongest tokens.
-        scale: what counts as strongest; the largest of these scores unless given.
+        dim: tokens to set back, such as those without loss.
         marks: also set strong tokens in +[ ] or -[ ], for output without colours.
     """
     values = np.zeros(len(pieces)) if scores is None else np.asarray(scores, dtype=float)[: len(pieces)]
-    top = float(np.abs(values).max(initial=0.0)) if scale is None else scale
+    back = np.zeros(len(pieces), dtype=bool) if dim is None else np.asarray(dim, dtype=bool)
+    top = float(np.abs(values).max(initial=0.0))
     first, last = _window(pieces, np.abs(values), limit)
     text = Text("… " if first else "", style="dim" if first else "")
-    for piece, value in zip(pieces[first:last], values[first:last], strict=True):
+    for piece, value, faint in zip(pieces[first:last], values[first:last], back[first:last], strict=True):
         share = abs(value) / top if top else 0.0
         colour = "green" if value > 0 else "red"
         shown = _one_line(piece)
         if share < _WEAK or not shown.strip():
-            text.append(shown, style="")
+            text.append(shown, style="dim" if faint else "")
         elif share < _STRONG:
             text.append(shown, style=colour)
         else:

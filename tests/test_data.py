@@ -317,3 +317,12 @@ def test_find_steps_over_records_that_were_left_out(tmp_path: Path, tokenizer: A
     surveyed = Dataset.open(str(path), tokenizer, skip_bad=True)
     assert surveyed.find(["b"]) == [1]
     assert Dataset.open(str(path), tokenizer, check=False).find(["b", "a"]) == [2, 0]
+
+
+@pytest.mark.parametrize("template", [CHAT, MARKED])
+def test_a_chat_is_shown_without_what_the_template_adds(tmp_path: Path, template: str) -> None:
+    data = opened(tmp_path, [{"messages": CONVERSATION[1:3]}], make_tokenizer("{{ 'You are good.\n' }}" + template))
+    example = data.example(0)
+    shown = data.encoder.shown(data.record(0), example)
+    assert len(shown) == len(example.pieces)
+    assert "".join(shown) == "the cat?\nassistant\nsat on\n"

@@ -19,7 +19,7 @@ def test_tokens_are_coloured_by_their_share() -> None:
     assert styles(text) == {"cat": "black on green", " sat": "red"}
     assert coloured(["the", " cat"], [3.0, -3.0], marks=True).plain == "+[the] -[cat]"
     assert coloured(["a\n", "b"], None).plain == "a↵b"
-    assert styles(coloured(["the"], [0.0])) == {}
+    assert styles(coloured(["the", " cat"], [0.0, 0.0], dim=[True, False])) == {"the": "dim"}
 
 
 def test_a_long_text_is_shown_where_its_strongest_tokens_are() -> None:
