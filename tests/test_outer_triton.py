@@ -19,7 +19,7 @@ SPEC = SketchSpec(dim=128, seed=5)
 RAGGED = (0, 3, 3, 40, 41)
 TOKENS = RAGGED[-1]
 MODES = ("triton", "triton-atomic")
-# fp32 sums of at most a few hundred products, random signs: rounding stays under 1e-6 of the row's norm
+# fp32 sums of at most a few hundred products: rounding against the norm of the gradient without cancellation
 TOLERANCE = 1e-6
 SHAPES = [
     (1, 1),
@@ -64,9 +64,11 @@ def check(
     spec: SketchSpec = SPEC,
 ) -> None:
     got, sqnorm = run(x, g, segments, mode, shape, spec)
-    expected, norm = sketch_outer_reference(x.cpu(), g.cpu(), segments, spec, "m", shape or (g.shape[-1], x.shape[-1]))
-    assert error(got, expected) <= TOLERANCE
-    assert error(sqnorm, norm) <= TOLERANCE
+    x, g, shape = x.cpu(), g.cpu(), shape or (g.shape[-1], x.shape[-1])
+    expected, norm = sketch_outer_reference(x, g, segments, spec, "m", shape)
+    _, scale = sketch_outer_reference(x.abs(), g.abs(), segments, spec, "m", shape)
+    assert float((got.cpu() - expected).norm()) <= TOLERANCE * float(scale.sum().sqrt())
+    assert float((sqnorm.cpu() - norm).norm()) <= TOLERANCE * float(scale.norm())
 
 
 @pytest.fixture
