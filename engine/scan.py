@@ -24,8 +24,8 @@ __all__ = ["Best", "RowStore", "scan"]
 _BLOCK_ROWS = 2048
 """Rows of one product at most: enough for full speed, few enough that scores stay in cache."""
 
-_EXACT_NUMBERS = 1 << 20
-"""Numbers of candidates that are held in float64 at a time: 8 MiB."""
+_EXACT_NUMBERS = 1 << 17
+"""Numbers of candidates that are held in float64 at a time: 1 MiB, which stays in cache."""
 
 _OPERAND_ROUNDING = {"highest": 0.0, "high": 2.0**-11, "medium": 2.0**-8}
 """What torch's float32 matmul precision may do to an operand before it multiplies."""
@@ -82,17 +82,12 @@ def scan(
     Raises:
         StoreError: a score is not finite.
     """
-    search = _Search(directions, k, unit=unit, together=together)
+    search = _Search(directions, k, norms, skip, unit=unit, together=together)
     # Five float32 and two 8-byte numbers per score, and a copy of the rows where the store makes one.
     at_once = int(min(_BLOCK_ROWS, max(1, memory // (4 * directions.shape[1] + 36 * len(directions)))))
     for first, whole in store.blocks():
         for offset in range(0, len(whole), at_once):
-            block = whole[offset : offset + at_once]
-            start = first + offset
-            inside = slice(start, start + len(block))
-            broken = search.add(
-                start, block, torch.from_numpy(norms[inside]), None if skip is None else torch.from_numpy(skip[inside])
-            )
+            broken = search.add(first + offset, whole[offset : offset + at_once])
             if broken is not None:
                 raise StoreError(
                     f"row {broken} (id {store.ids[broken]!r}) gives a score that is not finite, "
@@ -104,9 +99,12 @@ def scan(
 class _Search:
     """The best rows so far, one pool per answer, with exact scores."""
 
-    def __init__(self, directions: Tensor, k: int, *, unit: bool, together: bool):
+    def __init__(
+        self, directions: Tensor, k: int, norms: np.ndarray, skip: np.ndarray | None, *, unit: bool, together: bool
+    ):
         count, dim = directions.shape
-        self.k, self.unit, self.together = k, unit, together
+        self.k, self.unit, self.together, self.norms = k, unit, together, norms
+        self.allowed = None if skip is None else torch.from_numpy(~skip)
         self.exact = directions.numpy()
         length = torch.linalg.vector_norm(directions, dim=1)
         # Unit directions keep float32 products away from underflow and the bound free of |direction|.
@@ -118,63 +116,76 @@ class _Search:
         operands = 2 * _OPERAND_ROUNDING[torch.get_float32_matmul_precision()]
         # 2**-22 covers the float32 rounding of directions, scales and thresholds.
         self.gamma = roundoff / (1 - roundoff) + operands + 2.0**-22
-        self.pools = [Best(np.empty(0), np.empty(0, np.int64)) for _ in range(1 if together else count)]
+        # Twice the exact norm bounds the length of a sketched row with all the room that its own noise needs.
+        size = torch.from_numpy(norms)
+        self.weight = torch.where(size > 0, 1 / size, 0.0) if unit else None
+        self.slack = 2 * self.gamma * (size if self.weight is None else size * self.weight)
+        self.unknown = bool(size.isnan().any())
+        answers = 1 if together else count
+        self.pools = [Best(np.empty(0), np.empty(0, np.int64)) for _ in range(answers)]
+        self.floor = torch.full((answers,), -torch.inf)
 
-    def add(self, start: int, block: Tensor, norms: Tensor, skip: Tensor | None) -> int | None:
-        """Take in the rows of a block; the first row whose score is not finite, if there is one."""
+    def add(self, start: int, block: Tensor) -> int | None:
+        """Take in the rows of a block; the first row whose score is not finite, if there is one.
+
+        Most blocks hold nothing new, so what all of them cost is kept to a few operations.
+        """
+        inside = slice(start, start + len(block))
         score = torch.matmul(self.fast, block.T)
-        finite = torch.isfinite(score)
-        if not bool(finite.all()):
-            return start + int((~finite).any(dim=0).nonzero()[0])
-        slack = self.gamma * self._reach(block, norms)
-        if self.unit:
-            weight = torch.where(norms > 0, 1 / norms, 0.0)
-            score, slack = score * weight, slack * weight
-        low, high = score - slack, score + slack
+        slack = self.slack[inside]
+        if self.unknown:
+            slack = torch.where(slack.isnan(), self.gamma * torch.linalg.vector_norm(block, dim=1), slack)
+        if self.weight is not None:
+            score *= self.weight[inside]
         if self.relative is not None:
-            low, high = low * self.relative, high * self.relative
+            score, slack = score * self.relative, slack * self.relative
+        high = score + slack
         each = high
         if self.together:
-            low, high = low.amax(dim=0, keepdim=True), high.amax(dim=0, keepdim=True)
-        allowed = torch.ones(len(block), dtype=torch.bool) if skip is None else ~skip
-        chosen = (high >= self._floor(low.where(allowed, -torch.inf))[:, None]) & allowed
-        for g in chosen.any(dim=1).nonzero()[:, 0].tolist():
-            local = chosen[g].nonzero()[:, 0]
-            if self.together:
-                pair, query = (each[:, local] >= low[0, local]).T.nonzero(as_tuple=True)
-            else:
-                pair, query = torch.arange(len(local)), torch.full((len(local),), g)
-            exact = np.full(len(local), -np.inf)
-            np.maximum.at(exact, pair.numpy(), self._products(block, local[pair], query))
-            if self.unit:
-                size = norms[local].numpy().astype(np.float64)
-                exact = np.divide(exact, size, out=np.zeros_like(exact), where=size > 0)
-            self._merge(g, exact, start + local.numpy())
+            high = high.amax(dim=0, keepdim=True)
+        bottom, top = torch.aminmax(each)
+        if not bool(torch.isfinite(top - bottom)):
+            return start + int((~torch.isfinite(each)).any(dim=0).nonzero()[0])
+        hit = high.amax(dim=1) >= self.floor
+        if not bool(hit.any()):
+            return None
+        low = score - slack
+        low = low.amax(dim=0, keepdim=True) if self.together else low
+        self._candidates(start, block, hit.nonzero()[:, 0], low, high, each)
         return None
 
-    def _reach(self, block: Tensor, norms: Tensor) -> Tensor:
-        """An upper bound of the rows' lengths: twice the exact norm leaves all the room that sketch noise needs."""
-        unknown = norms.isnan()
-        if not bool(unknown.any()):
-            return 2 * norms
-        return torch.where(unknown, torch.linalg.vector_norm(block, dim=1), 2 * norms)
+    def _candidates(self, start: int, block: Tensor, answers: Tensor, low: Tensor, high: Tensor, each: Tensor) -> None:
+        """Score exactly what may be among the k best of these answers."""
+        allowed = None if self.allowed is None else self.allowed[start : start + len(block)]
+        for g in answers.tolist():
+            floor = self.floor[g]
+            if len(block) >= self.k:
+                sure = low[g] if allowed is None else low[g].where(allowed, -torch.inf)
+                floor = torch.maximum(floor, sure.topk(self.k).values[-1])
+            chosen = high[g] >= floor
+            local = (chosen if allowed is None else chosen & allowed).nonzero()[:, 0]
+            if not len(local):
+                continue
+            if self.together:
+                pair, query = (each[:, local] >= low[0, local]).T.nonzero(as_tuple=True)
+                exact = np.full(len(local), -np.inf)
+                np.maximum.at(exact, pair.numpy(), self._products(block, local[pair], query.numpy()))
+            else:
+                exact = self._products(block, local, np.full(len(local), g))
+            if self.unit:
+                size = self.norms[start + local.numpy()].astype(np.float64)
+                exact = np.divide(exact, size, out=np.zeros_like(exact), where=size > 0)
+            self._merge(g, exact, start + local.numpy())
 
-    def _floor(self, low: Tensor) -> Tensor:
-        """What a score must be able to reach, per answer: the k-th best of the pool, or of this block by its bound."""
-        full = [p.scores[-1] if len(p.scores) == self.k else -np.inf for p in self.pools]
-        floor: Tensor = (torch.tensor(full, dtype=torch.float64) / self.scale).to(torch.float32)
-        if low.shape[1] >= self.k:
-            floor = torch.maximum(floor, low.topk(self.k, dim=1).values[:, -1])
-        return floor
-
-    def _products(self, block: Tensor, rows: Tensor, queries: Tensor) -> np.ndarray:
+    def _products(self, block: Tensor, rows: Tensor, queries: np.ndarray) -> np.ndarray:
         """Float64 inner products of (row, query) pairs; each is summed alone, so its bits depend on nothing else."""
         out = np.empty(len(rows))
         step = max(1, _EXACT_NUMBERS // block.shape[1])
         for i in range(0, len(rows), step):
             part = slice(i, i + step)
             x = block[rows[part]].to(torch.float64).numpy()
-            out[part] = (x * self.exact[queries[part].numpy()]).sum(axis=1)
+            x *= self.exact[queries[part]]
+            out[part] = x.sum(axis=1)
         return out
 
     def _merge(self, g: int, scores: np.ndarray, rows: np.ndarray) -> None:
@@ -182,3 +193,5 @@ class _Search:
         scores, rows = np.concatenate([pool.scores, scores]), np.concatenate([pool.rows, rows])
         order = np.lexsort((rows, -scores))[: self.k]
         self.pools[g] = Best(scores[order], rows[order])
+        if len(order) == self.k:
+            self.floor[g] = scores[order[-1]] / float(self.scale[g])
