@@ -61,7 +61,7 @@ gpu: $(READY)
 	$(BIN)/python benchmarks/gpu.py
 
 soak: $(READY)
-	$(BIN)/python -m pytest -m soak
+	GRADSIFT_SOAK=1 $(BIN)/python -m pytest -m soak
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
