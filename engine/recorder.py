@@ -101,7 +101,7 @@ class Recorder:
         def receive(grad: Tensor, *saved: Tensor) -> None:
             self._complete(target, complete(grad, *saved))
 
-        _Mark.apply(output, self._starter, receive, *saved)
+        _Mark.apply(output, self._starter, receive, *saved)  # type: ignore[no-untyped-call]
 
     def _complete(self, target: Map, factors: list[Factor]) -> None:
         count = self._counts[id(target)]
