@@ -22,7 +22,10 @@ from gradsift.kernels.errors import StoreError
 __all__ = ["Best", "RowStore", "scan"]
 
 _BLOCK_ROWS = 2048
-"""Rows of one product at most: enough for full speed, few enough that scores stay in cache."""
+"""Rows of one product at most: enough for full speed."""
+
+_GROUP_ROWS = 16384
+"""Rows whose scores are looked at together at most: so many that looking costs little beside the products."""
 
 _EXACT_NUMBERS = 1 << 17
 """Numbers of candidates that are held in float64 at a time: 1 MiB, which stays in cache."""
@@ -84,16 +87,30 @@ def scan(
     """
     search = _Search(directions, k, norms, skip, unit=unit, together=together)
     # Five float32 and two 8-byte numbers per score, and a copy of the rows where the store makes one.
-    at_once = int(min(_BLOCK_ROWS, max(1, memory // (4 * directions.shape[1] + 36 * len(directions)))))
-    for first, whole in store.blocks():
-        for offset in range(0, len(whole), at_once):
-            broken = search.add(first + offset, whole[offset : offset + at_once])
-            if broken is not None:
-                raise StoreError(
-                    f"row {broken} (id {store.ids[broken]!r}) gives a score that is not finite, "
-                    "expected finite features: extract it again"
-                )
+    at_once = max(1, memory // (4 * directions.shape[1] + 36 * len(directions)))
+    for start, blocks in _groups(store, int(min(at_once, _GROUP_ROWS))):
+        broken = search.add(start, blocks)
+        if broken is not None:
+            raise StoreError(
+                f"row {broken} (id {store.ids[broken]!r}) gives a score that is not finite, "
+                "expected finite features: extract it again"
+            )
     return Best(np.stack([p.scores for p in search.pools]), np.stack([p.rows for p in search.pools]))
+
+
+def _groups(store: RowStore, rows: int) -> Iterator[tuple[int, list[Tensor]]]:
+    """Neighbouring blocks, cut to products of a good size, until they hold about this many rows."""
+    group: list[Tensor] = []
+    start = held = 0
+    for _, whole in store.blocks():
+        for block in whole.split(min(rows, _BLOCK_ROWS)):
+            if group and held + len(block) > rows:
+                yield start, group
+                start, held, group = start + held, 0, []
+            group.append(block)
+            held += len(block)
+    if group:
+        yield start, group
 
 
 class _Search:
@@ -125,16 +142,17 @@ class _Search:
         self.pools = [Best(np.empty(0), np.empty(0, np.int64)) for _ in range(answers)]
         self.floor = torch.full((answers,), -torch.inf)
 
-    def add(self, start: int, block: Tensor) -> int | None:
-        """Take in the rows of a block; the first row whose score is not finite, if there is one.
+    def add(self, start: int, blocks: list[Tensor]) -> int | None:
+        """Take in neighbouring blocks; the first row whose score is not finite, if there is one.
 
-        Most blocks hold nothing new, so what all of them cost is kept to a few operations.
+        Most hold nothing new, so what all of them cost is kept to a few operations.
         """
-        inside = slice(start, start + len(block))
-        score = torch.matmul(self.fast, block.T)
+        score = torch.cat([torch.matmul(self.fast, block.T) for block in blocks], dim=1)
+        inside = slice(start, start + score.shape[1])
         slack = self.slack[inside]
         if self.unknown:
-            slack = torch.where(slack.isnan(), self.gamma * torch.linalg.vector_norm(block, dim=1), slack)
+            sizes = torch.cat([torch.linalg.vector_norm(block, dim=1) for block in blocks])
+            slack = torch.where(slack.isnan(), self.gamma * sizes, slack)
         if self.weight is not None:
             score *= self.weight[inside]
         if self.relative is not None:
@@ -151,15 +169,17 @@ class _Search:
             return None
         low = score - slack
         low = low.amax(dim=0, keepdim=True) if self.together else low
-        self._candidates(start, block, hit.nonzero()[:, 0], low, high, each)
+        self._candidates(start, blocks, hit.nonzero()[:, 0], low, high, each)
         return None
 
-    def _candidates(self, start: int, block: Tensor, answers: Tensor, low: Tensor, high: Tensor, each: Tensor) -> None:
+    def _candidates(
+        self, start: int, blocks: list[Tensor], answers: Tensor, low: Tensor, high: Tensor, each: Tensor
+    ) -> None:
         """Score exactly what may be among the k best of these answers."""
-        allowed = None if self.allowed is None else self.allowed[start : start + len(block)]
+        allowed = None if self.allowed is None else self.allowed[start : start + high.shape[1]]
         for g in answers.tolist():
             floor = self.floor[g]
-            if len(block) >= self.k:
+            if high.shape[1] >= self.k:
                 sure = low[g] if allowed is None else low[g].where(allowed, -torch.inf)
                 floor = torch.maximum(floor, sure.topk(self.k).values[-1])
             chosen = high[g] >= floor
@@ -169,21 +189,25 @@ class _Search:
             if self.together:
                 pair, query = (each[:, local] >= low[0, local]).T.nonzero(as_tuple=True)
                 exact = np.full(len(local), -np.inf)
-                np.maximum.at(exact, pair.numpy(), self._products(block, local[pair], query.numpy()))
+                np.maximum.at(exact, pair.numpy(), self._products(blocks, local[pair], query.numpy()))
             else:
-                exact = self._products(block, local, np.full(len(local), g))
+                exact = self._products(blocks, local, np.full(len(local), g))
             if self.unit:
                 size = self.norms[start + local.numpy()].astype(np.float64)
                 exact = np.divide(exact, size, out=np.zeros_like(exact), where=size > 0)
             self._merge(g, exact, start + local.numpy())
 
-    def _products(self, block: Tensor, rows: Tensor, queries: np.ndarray) -> np.ndarray:
+    def _products(self, blocks: list[Tensor], rows: Tensor, queries: np.ndarray) -> np.ndarray:
         """Float64 inner products of (row, query) pairs; each is summed alone, so its bits depend on nothing else."""
         out = np.empty(len(rows))
-        step = max(1, _EXACT_NUMBERS // block.shape[1])
+        step = max(1, _EXACT_NUMBERS // self.exact.shape[1])
+        ends = np.cumsum([len(block) for block in blocks])
+        which = np.searchsorted(ends, rows.numpy(), side="right")
+        place = rows.numpy() - (ends - [len(block) for block in blocks])[which]
         for i in range(0, len(rows), step):
             part = slice(i, i + step)
-            x = block[rows[part]].to(torch.float64).numpy()
+            picked = zip(which[part].tolist(), place[part].tolist(), strict=True)
+            x = torch.stack([blocks[b][i] for b, i in picked]).to(torch.float64).numpy()
             x *= self.exact[queries[part]]
             out[part] = x.sum(axis=1)
         return out
