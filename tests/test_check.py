@@ -538,3 +538,11 @@ def test_one_example_is_enough_for_most() -> None:
     report = run(healthy(), [take(BATCHES[0], [1], 6)])
     assert troubles(report) == {}
     assert report["isolation"].verdict == report["sketch"].verdict == "skip"
+
+
+def test_all_labels_masked() -> None:
+    batches = [{**batch, "labels": torch.full_like(batch["labels"], -100)} for batch in BATCHES]
+    report = run(healthy(), batches)
+    assert report["labels"].verdict == "fail"
+    assert "no label of any example carries loss" in report["labels"].sentence
+    assert report["precision"].verdict == report["sketch"].verdict == "skip"
