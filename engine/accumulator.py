@@ -62,13 +62,13 @@ class Accumulator:
 
     @property
     def values(self) -> Tensor:
-        """float32, shape (n, dim), on the device of the first map that reported."""
-        return _total(list(self._values.values()))
+        """float32, shape (n, dim), on the device of the first map that reported; zeros when every map was idle."""
+        return _total(list(self._values.values()) or [torch.zeros(self._layout.n or 0, self._spec.dim)])
 
     @property
     def grad_norm(self) -> Tensor:
         """float32, shape (n,)."""
-        norm = _total(list(self._squares.values())).sqrt()
+        norm = _total(list(self._squares.values()) or [torch.zeros(self._layout.n or 0)]).sqrt()
         return norm if self._norms_known else torch.full_like(norm, torch.nan)
 
 

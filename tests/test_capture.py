@@ -413,6 +413,15 @@ def test_map_that_never_runs_is_named() -> None:
         gs.Capture(Skips(), SPEC, modules="*")(torch.randn(3, 4, 12), square_loss)
     features = gs.Capture(Skips(), SPEC, modules="*", allow_idle=["second"])(torch.randn(3, 4, 12), square_loss)
     assert features.values.shape == (3, 256)
+    assert bool(features.values.any())
+
+    class Bypasses(Twice):
+        def forward(self, x: Tensor) -> Tensor:
+            return functional.linear(x.requires_grad_(), self.first.weight)
+
+    features = gs.Capture(Bypasses(), SPEC, modules="*", allow_idle=["*"])(torch.randn(3, 4, 12), square_loss)
+    assert features.values.shape == (3, 256)
+    assert not features.values.any()
 
 
 def test_map_whose_output_is_unused_is_named() -> None:
