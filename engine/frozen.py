@@ -9,6 +9,8 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
+from gradsift.engine.names import all_parameters
+
 __all__ = ["eager", "frozen", "inputs_require_grad", "same_randomness"]
 
 
@@ -18,7 +20,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
     Gradients are recorded inside even if the caller switched that off.
     """
-    flags = [(p, p.requires_grad) for p in model.parameters()]
+    flags = [(p, p.requires_grad) for p in all_parameters(model)]
     fast_path = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))

@@ -303,11 +303,12 @@ class _TokenLosses(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         """(softmax - one_hot(label)) * grad."""
         logits, labels = ctx.saved_tensors
+        chunks = _chunks(labels, logits.shape[-1])
+        if len(chunks) == 1 and isinstance(chunks[0], slice):  # nothing is left out: no second copy of the logits
+            return _slope(logits, labels, grad).to(logits.dtype), None
         out = torch.zeros_like(logits)
-        for rows in _chunks(labels, logits.shape[-1]):
-            slope = _upcast(logits[rows]).softmax(-1)
-            slope = slope.scatter_add(1, labels[rows, None], slope.new_full((len(slope), 1), -1.0))
-            out[rows] = (slope * grad[rows, None]).to(out.dtype)
+        for rows in chunks:
+            out[rows] = _slope(logits[rows], labels[rows], grad[rows]).to(out.dtype)
         return out, None
 
     @staticmethod
@@ -320,6 +321,13 @@ class _TokenLosses(torch.autograd.Function):
             mean = (_upcast(logits[rows]).softmax(-1) * step).sum(-1)
             out[rows] = mean - step.gather(1, labels[rows, None]).squeeze(1)
         return out
+
+
+def _slope(logits: Tensor, labels: Tensor, grad: Tensor) -> Tensor:
+    """(softmax - one_hot(label)) * grad, row by row, in memory of its own."""
+    slope = _upcast(logits).softmax(-1)
+    slope.scatter_add_(1, labels[:, None], slope.new_full((len(slope), 1), -1.0))
+    return slope.mul_(grad[:, None])
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

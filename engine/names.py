@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-__all__ = ["NamedModule", "parameter_names", "unwrap_parallel", "walk"]
+__all__ = ["NamedModule", "all_parameters", "parameter_names", "unwrap_parallel", "walk"]
 
 NamedModule = tuple[str, str, nn.Module]
 """Canonical name, name as ``named_modules`` gives it, module."""
@@ -102,6 +102,19 @@ def active_adapters(module: nn.Module) -> list[str]:
         return []
     known = {*getattr(module, "lora_A", {}), *getattr(module, "lora_embedding_A", {})}
     return [name for name in getattr(module, "active_adapters", []) if name in known]
+
+
+def all_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Every parameter once. ``model.parameters()`` builds names on its way, which is felt in every pass."""
+    modules, stack, found = {id(model)}, [model], {}
+    while stack:
+        module = stack.pop()
+        found.update((id(p), p) for p in module._parameters.values() if p is not None)
+        for child in module._modules.values():
+            if child is not None and id(child) not in modules:
+                modules.add(id(child))
+                stack.append(child)
+    return list(found.values())
 
 
 def parameter_names(model: nn.Module) -> dict[int, str]:
