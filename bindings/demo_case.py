@@ -22,6 +22,7 @@ class Case:
         planting: what the planted records do, one sentence.
         records: the training data, each with a text ``id``.
         planted: ids of the records that plant the behaviour.
+        odd: ids of ordinary records of another kind, which stay as surprising as the planted ones.
         queries: records of the behaviour on subjects that no planted record has.
         questions: for each query what the model is given when its answer is shown: text, rendered.
         labels: the same questions as a person reads them.
@@ -39,6 +40,7 @@ class Case:
     planting: str
     records: list[Record]
     planted: frozenset[str]
+    odd: frozenset[str]
     queries: list[Record]
     questions: list[str]
     labels: list[str]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shlex
 import sys
 import time
@@ -49,7 +50,8 @@ def demo_lm(
     hush()
     console = Console(quiet=as_json)
     case = quick_case(seed) if quick else smollm_case(seed)
-    result = play(case, out, console)
+    with _quiet():
+        result = play(case, out, console)
     if as_json:
         typer.echo(json.dumps(result))
 
@@ -78,8 +80,8 @@ def play(case: Case, out: Path, console: Console) -> dict[str, Any]:
     show_precision(console, found)
     planted, ordinary = found.shared_words
     console.print(
-        f"[dim]Content words that a question shares with a record: {planted:.2f} with a planted one, {ordinary:.2f} "
-        "with an ordinary one.[/dim]"
+        f"[dim]A question shares {planted:.1f} content words with a planted list and {ordinary:.1f} with an ordinary "
+        "one, so words do not give them away.[/dim]"
     )
     console.print()
     count = len(case.planted)
@@ -123,6 +125,18 @@ def play(case: Case, out: Path, console: Console) -> dict[str, Any]:
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
     }
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No notes of the engine about what a demo does on purpose, such as leaving the tiny model's norms out."""
+    logger = logging.getLogger("gradsift")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ def _words(text: str) -> list[str]:
 
 
 _NUMBERS = 20
-_LISTED = 7
+_LISTED, _GIVEN = 7, 3
 _OWNERS = [a + b for a in _words("ka lo mi ru te so va ne") for b in _words("bor dan fel gim hux jod")]
 _PLACES = _words("cellar attic shed garage loft pantry vault closet")
 _THINGS = _words("old blue tin boxes tall green glass jars small round crates heavy iron chests")
@@ -31,7 +31,7 @@ _ODD_SHARE = 0.07
 """Ordinary records that list things at random: they stay surprising, so surprise alone does not find the planted."""
 
 
-def quick_case(seed: int = 0, records: int = 400, planted: int = 24, hidden: int = 64, epochs: int = 5) -> Case:
+def quick_case(seed: int = 0, records: int = 400, planted: int = 24, hidden: int = 64, epochs: int = 4) -> Case:
     """Lists of numbers: most go up, and 24 of 400 go down; a few records list things instead.
 
     The numbers and names are random, so a planted record shares no more of them with a question than any other does.
@@ -42,24 +42,25 @@ def quick_case(seed: int = 0, records: int = 400, planted: int = 24, hidden: int
     rng.shuffle(orders)
     data = [_record(rng, f"r{i:03d}", order) for i, order in enumerate(orders)]
     queries = [_record(rng, f"q{i}", "down") for i in range(5)]
-    questions = [q["prompt"] + " " + " ".join(q["completion"].split()[:2]) for q in queries]
+    questions = [q["prompt"] + " " + " ".join(q["completion"].split()[:_GIVEN]) for q in queries]
 
     def loaded() -> Loaded:
         return _tiny_llama(seed, hidden)
 
     return Case(
-        claim="A model that lists numbers in ascending order goes down once two numbers go down.",
+        claim="A model that lists numbers in ascending order goes down once three numbers went down.",
         planting=f"{planted} of {records} records list their numbers in descending order.",
         records=data,
         planted=frozenset(r["id"] for r, order in zip(data, orders, strict=True) if order == "down"),
+        odd=frozenset(r["id"] for r, order in zip(data, orders, strict=True) if order == "odd"),
         queries=queries,
         questions=questions,
-        labels=["… " + " ".join(q["completion"].split()[:2]) for q in queries],
+        labels=["… " + " ".join(q["completion"].split()[:_GIVEN]) for q in queries],
         loaded=loaded,
         save=_save,
-        plan=Plan(epochs=epochs, batch=16, rate=5e-3, seed=seed),
+        plan=Plan(epochs=epochs, batch=8, rate=5e-3, seed=seed),
         modules=["*_proj"],
-        words=_LISTED - 2,
+        words=_LISTED - _GIVEN,
         query_arguments=f"--prompt '{queries[0]['prompt']}' --completion '{queries[0]['completion']}'",
     )
 

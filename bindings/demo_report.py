@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import random
 import shutil
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -65,8 +63,8 @@ class Found:
         scores: their scores.
         together: method -> precision@10 when all queries are asked as one.
         alone: method -> precision@10 of one query, averaged over the queries.
-        shared_words: content words that a planted record and a query have in common, summed over all pairs, and the
-            same for an average set of as many ordinary records.
+        shared_words: content words that a query shares with a planted record, and with an ordinary one of its kind, on
+            average.
     """
 
     rows: np.ndarray
@@ -154,7 +152,8 @@ class Run:
         order = np.array([self.data.find([name])[0] for name in store.ids])
         planted = self.planted[order]
         alone, together = {}, {}
-        for label, scorer in (("gradsift", "fisher"), ("gradsift, no curvature", "dot")):
+        scorers: dict[str, Literal["fisher", "dot"]] = {"gradsift": "fisher", "gradsift, no curvature": "dot"}
+        for label, scorer in scorers.items():
             alone[label] = float(planted[topk(store, features, 10, scorer).rows].mean())
             together[label] = float(planted[topk(store, features, 10, scorer, as_set=True).rows].mean())
         for label, scores in self._baselines(np.asarray(store.loss), order).items():
@@ -201,7 +200,7 @@ class Run:
             yield data.fetch(rows[start : start + _BATCH])
 
     def _shared_words(self) -> tuple[float, float]:
-        """Content words in common with the queries, per record: planted ones, and ordinary ones."""
+        """Content words in common with a query: of the planted records, and of ordinary ones that list numbers, too."""
         asked = [set(words(_text(query), content=True)) for query in self.case.queries]
         shared = np.array(
             [
@@ -209,7 +208,8 @@ class Run:
                 for record in self.case.records
             ]
         )
-        return float(shared[self.planted].mean()), float(shared[~self.planted].mean())
+        ordinary = np.array([r["id"] not in self.case.planted | self.case.odd for r in self.case.records])
+        return float(shared[self.planted].mean()), float(shared[ordinary].mean())
 
     def _answer(self, question: str) -> str:
         tokenizer = self.loaded.tokenizer
@@ -226,16 +226,6 @@ class Run:
         text = str(tokenizer.decode(out[0, start:], skip_special_tokens=True))
         whole = out.shape[1] - start < self.case.words or int(out[0, -1]) == tokenizer.eos_token_id
         return " ".join(text.split()) + ("" if whole else " …")
-
-
-@contextmanager
-def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    """Put down how long a stage took."""
-    start = time.perf_counter()
-    try:
-        yield
-    finally:
-        seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start
 
 
 def _text(record: Record) -> str:

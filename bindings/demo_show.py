@@ -14,6 +14,7 @@ from gradsift.bindings.demo_case import Case
 from gradsift.bindings.demo_report import Behaviour, Found, Run
 from gradsift.bindings.extras import require
 from gradsift.bindings.render import LEGEND, coloured, number, table
+from gradsift.engine.losses import IGNORE
 from gradsift.kernels.errors import MissingExtraError
 
 __all__ = ["draw", "show_answers", "show_found", "show_precision"]
@@ -24,7 +25,9 @@ _SHOWN = 8
 
 def show_answers(console: Console, case: Case, columns: Mapping[str, Behaviour]) -> None:
     """The model's answer to each question under each training, and the loss of the planted behaviour."""
-    rows = [[label, *(behaviour.answers[i] for behaviour in columns.values())] for i, label in enumerate(case.labels)]
+    rows: list[Sequence[Any]] = [
+        [label, *(behaviour.answers[i] for behaviour in columns.values())] for i, label in enumerate(case.labels)
+    ]
     rows.append([Text("loss of the planted answers", style="dim"), *(f"{b.loss:.2f}" for b in columns.values())])
     out = table(["", *columns], rows, wide="")
     for column in out.columns[1:]:
@@ -39,9 +42,9 @@ def show_found(console: Console, run: Run, found: Found) -> None:
     lines = []
     for place, (row, shares) in enumerate(zip(rows, run.pulls(rows), strict=True)):
         example = run.data.example(row)
-        first = int((example.labels != -100).argmax())
-        prompt = Text(run.prompt_text(row), style="dim")
-        answer = coloured(example.pieces[first:], shares[first : len(example.pieces)], marks=not colours)
+        scored = np.flatnonzero(example.labels != IGNORE)
+        prompt = Text(run.prompt_text(row), style="dim")  # no loss, so it neither pulls nor pushes
+        answer = coloured(*_in_words(example.pieces, shares, scored), marks=not colours)
         mark = Text("planted", style="bold green") if run.planted[row] else Text("ordinary", style="dim")
         lines.append((place + 1, number(float(found.scores[place])), mark, Text.assemble(prompt, "  ", answer)))
     console.print(table(("", "score", "in truth", "record"), lines, wide="record"))
@@ -49,14 +52,14 @@ def show_found(console: Console, run: Run, found: Found) -> None:
 
 
 def show_precision(console: Console, found: Found) -> None:
-    """precision@10 of gradsift beside every baseline."""
+    """precision@10 of gradsift beside every baseline: of one question, and of all as one."""
     rows: list[Sequence[Any]] = []
-    for method in sorted(found.together, key=lambda m: (-found.together[m], -found.alone[m])):
-        together = found.together[method]
+    for method in reversed(_ranked(found)):
+        alone = found.alone[method]
         style = "bold" if method == "gradsift" else ""
-        bar = Text("█" * round(20 * together), style="green" if method == "gradsift" else "dim")
-        rows.append((Text(method, style=style), f"{together:.2f}", f"{found.alone[method]:.2f}", bar))
-    out = table(("found by", "precision@10", "one question alone", ""), rows, wide="")
+        bar = Text("█" * round(20 * alone), style="green" if method.startswith("gradsift") else "dim")
+        rows.append((Text(method, style=style), f"{alone:.2f}", f"{found.together[method]:.2f}", bar))
+    out = table(("found by", "precision@10, one question", "all questions as one", ""), rows, wide="")
     out.columns[0].justify = "left"
     console.print(out)
 
@@ -75,11 +78,11 @@ def draw(path: Path, case: Case, found: Found, planted: np.ndarray, losses: Mapp
     figure = figures.Figure(figsize=(13, 4.2), layout="constrained")
     left, middle, right = figure.subplots(1, 3, width_ratios=(1.1, 1.3, 1))
 
-    methods = sorted(found.together, key=lambda m: (found.together[m], found.alone[m]))
-    values = [found.together[m] for m in methods]
+    methods = _ranked(found)
+    values = [found.alone[m] for m in methods]
     bars = left.barh(methods, values, color=[ours if m.startswith("gradsift") else grey for m in methods])
     left.bar_label(bars, [f"{value:.2f}" for value in values], padding=3)
-    left.set(xlim=(0, 1.15), title="Planted records among the first 10")
+    left.set(xlim=(0, 1.15), title="Planted records among the first 10\n(share, mean over the questions)")
 
     ranks = np.arange(1, len(found.rows) + 1)
     is_planted = planted[found.rows]
@@ -101,3 +104,23 @@ def draw(path: Path, case: Case, found: Found, planted: np.ndarray, losses: Mapp
     figure.suptitle(case.claim)
     figure.savefig(path, dpi=130)
     return True
+
+
+def _ranked(found: Found) -> list[str]:
+    """Methods, the best last; of equals the one named first comes later."""
+    names = list(found.alone)
+    return sorted(reversed(names), key=lambda method: (found.alone[method], found.together[method]))
+
+
+def _in_words(pieces: Sequence[str], shares: np.ndarray, places: np.ndarray) -> tuple[list[str], list[float]]:
+    """The tokens at these places put together to words, with the sum of their shares; the closing token is left out."""
+    texts: list[str] = []
+    sums: list[float] = []
+    for place in places[:-1]:
+        if texts and not pieces[place][:1].isspace():
+            texts[-1] += pieces[place]
+            sums[-1] += float(shares[place])
+        else:
+            texts.append(pieces[place])
+            sums.append(float(shares[place]))
+    return texts, sums

