@@ -32,7 +32,7 @@ def demo_lm(
     quick: Annotated[
         bool, typer.Option("--quick", help="A tiny Llama trained here instead of SmolLM2; under two minutes.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Of the training, and of the quick form's records.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the records and of the training.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
     """Tune a language model on records of which some plant a behaviour, and ask gradsift which.

