@@ -18,9 +18,9 @@ from torch import Tensor
 from trained_lm import train
 
 import gradsift as gs
-from gradsift.engine.fisher import Fisher
+from gradsift.engine.answers.fisher import Fisher
+from gradsift.engine.answers.precondition import precondition
 from gradsift.engine.losses import language_model
-from gradsift.engine.precondition import precondition
 
 RECORDS, QUERIES, SAMPLE = (3000, 32, 300) if FULL else (120, 2, 20)
 DIMS = (512, 1024, 4096) if FULL else (512, 1024)

@@ -14,7 +14,7 @@ from paired import FULL, paired
 from torch import Tensor
 
 import gradsift as gs
-from gradsift.engine.search import MEMORY
+from gradsift.engine.answers.search import MEMORY
 
 ROWS, DIM, BLOCK = (100_000, 4096, 1024) if FULL else (2_000, 256, 256)
 ROUNDS = 9 if FULL else 2

@@ -15,8 +15,8 @@ import torch
 from paired import FULL, paired
 
 import gradsift as gs
-from gradsift.engine.store_format import FORMAT
-from gradsift.engine.store_writer import StoreWriter
+from gradsift.engine.store.format import FORMAT
+from gradsift.engine.store.writer import StoreWriter
 
 ROWS, DIM = (65536, 4096) if FULL else (2048, 512)
 BLOCK = max(1, (16 << 20) // (4 * DIM))

@@ -16,10 +16,10 @@ from gradsift.bindings.curvature import CurvatureSample
 from gradsift.bindings.data import Dataset
 from gradsift.bindings.render import LEGEND, bar, coloured, number, table
 from gradsift.bindings.workspace import Workspace
-from gradsift.engine.gradient import gradient
+from gradsift.engine.answers.gradient import gradient
+from gradsift.engine.answers.rescore import Rescorer
+from gradsift.engine.answers.search import SIGN, TopK, topk
 from gradsift.engine.losses import IGNORE, language_model
-from gradsift.engine.rescore import Rescorer
-from gradsift.engine.search import SIGN, TopK, topk
 
 __all__ = ["Answer", "Asker"]
 

@@ -31,10 +31,13 @@ __all__ = ["app", "main"]
 
 _ELSEWHERE = {
     "check": (
-        "gradsift.bindings.check",
+        "gradsift.bindings.check.command",
         "Prove on a few of your own examples that gradsift is right about your model.",
     ),
-    "demo": ("gradsift.bindings.demo", "Watch gradsift find planted training examples, from nothing, on this machine."),
+    "demo": (
+        "gradsift.bindings.demo.command",
+        "Watch gradsift find planted training examples, from nothing, on this machine.",
+    ),
 }
 """Commands whose module is imported when they are called; each has a typer app named `app`."""
 
@@ -175,9 +178,9 @@ def extract(
     from gradsift.bindings.models import load
     from gradsift.bindings.render import bytes_text
     from gradsift.bindings.workspace import Notes, absolute
-    from gradsift.engine.extract import extract as run
+    from gradsift.engine.extraction.extract import extract as run
     from gradsift.engine.losses import language_model
-    from gradsift.engine.store_format import read_description
+    from gradsift.engine.store.format import read_description
     from gradsift.kernels.spec import SketchSpec
 
     spec = SketchSpec(dim=dim, seed=seed)
@@ -320,7 +323,7 @@ def select(
     Each line is the original record with its id and score, best first.
     """
     from gradsift.bindings.selection import parse_budget, write_selection
-    from gradsift.engine.store import FeatureStore
+    from gradsift.engine.store.reader import FeatureStore
 
     count = parse_budget(budget, len(FeatureStore.open(store)))
     space = _workspace(store, model, adapter, train, device)
@@ -354,7 +357,7 @@ def info(
     [bold]gradsift info train.zarr --verify[/bold]   is every byte as it was written?
     """
     from gradsift.bindings.describe import describe, print_info
-    from gradsift.engine.store import FeatureStore
+    from gradsift.engine.store.reader import FeatureStore
 
     opened = FeatureStore.open(store, unfinished=True)
     if verify:
@@ -407,7 +410,7 @@ def hush() -> None:
 
 def _workspace(store: Path, model: str | None, adapter: str | None, train: str | None, device: str | None) -> Workspace:
     from gradsift.bindings.workspace import Notes, Workspace, remembered
-    from gradsift.engine.store import FeatureStore
+    from gradsift.engine.store.reader import FeatureStore
 
     opened = FeatureStore.open(store)
     hush()

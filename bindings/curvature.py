@@ -9,10 +9,10 @@ import numpy as np
 from torch import Tensor
 
 from gradsift.bindings.workspace import Workspace
-from gradsift.engine.fisher import Fisher
-from gradsift.engine.ids import seed_of
+from gradsift.engine.answers.fisher import Fisher
+from gradsift.engine.answers.precondition import precondition
 from gradsift.engine.losses import language_model
-from gradsift.engine.precondition import precondition
+from gradsift.engine.store.ids import seed_of
 from gradsift.kernels.errors import DataError
 
 __all__ = ["CurvatureSample"]

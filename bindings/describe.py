@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from gradsift.bindings.data import Dataset
 from gradsift.bindings.render import bytes_text, facts
-from gradsift.engine.store import FeatureStore
+from gradsift.engine.store.reader import FeatureStore
 
 __all__ = ["describe", "print_info", "print_survey"]
 

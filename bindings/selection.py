@@ -8,7 +8,7 @@ from typing import Any, Literal, cast
 
 from gradsift.bindings.data import Dataset
 from gradsift.bindings.workspace import Workspace
-from gradsift.engine.select import Selection, select, write_jsonl
+from gradsift.engine.answers.select import Selection, select, write_jsonl
 from gradsift.kernels.errors import DataError
 
 __all__ = ["parse_budget", "write_selection"]

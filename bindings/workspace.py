@@ -14,12 +14,12 @@ from gradsift.bindings.data import Batch, Dataset
 from gradsift.bindings.encode import Encoder, form_of
 from gradsift.bindings.models import Loaded, load
 from gradsift.bindings.records import ListRecords, Record, open_records
-from gradsift.engine.capture import Capture
-from gradsift.engine.features import Features
-from gradsift.engine.fingerprints import adapter_fingerprint, model_fingerprint
+from gradsift.engine.capture.capture import Capture
+from gradsift.engine.capture.features import Features
+from gradsift.engine.capture.maps import parameters_of
+from gradsift.engine.extraction.fingerprints import adapter_fingerprint, model_fingerprint
 from gradsift.engine.losses import language_model
-from gradsift.engine.maps import parameters_of
-from gradsift.engine.store import FeatureStore
+from gradsift.engine.store.reader import FeatureStore
 from gradsift.kernels.errors import DataError
 
 __all__ = ["Notes", "Workspace", "absolute", "remembered"]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import gradsift as gs
-from gradsift.engine.maps import parameters_of
+from gradsift.engine.capture.maps import parameters_of
 
 SPEC = gs.SketchSpec(dim=256)
 VOCAB = 97

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import gradsift as gs
-from gradsift.engine.features import Features, TableRow
+from gradsift.engine.capture.features import Features, TableRow
 
 TABLE = (TableRow("layer.weight", (4, 16)),)
 

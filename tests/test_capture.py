@@ -22,7 +22,7 @@ from transformers import (
 )
 
 import gradsift as gs
-from gradsift.engine.layout import make_layout
+from gradsift.engine.capture.layout import make_layout
 
 language_model = gs.losses.language_model
 TOLERANCE = 1e-5

@@ -23,10 +23,10 @@ from transformers import (
 )
 
 import gradsift as gs
-from gradsift.engine.check import CHECKS, check
-from gradsift.engine.check_batches import take, without_padding
-from gradsift.engine.check_report import Report
-from gradsift.engine.check_retrieval import overlap
+from gradsift.engine.check.batches import take, without_padding
+from gradsift.engine.check.report import Report
+from gradsift.engine.check.retrieval import overlap
+from gradsift.engine.check.run import CHECKS, check
 from gradsift.engine.losses import language_model
 from gradsift.kernels.errors import DataError
 

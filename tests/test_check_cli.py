@@ -13,9 +13,9 @@ import pytest
 from rich.console import Console
 from tokens import save_adapter, save_base, write_jsonl
 
-from gradsift.bindings.check_render import mask
+from gradsift.bindings.check.render import mask
 from gradsift.bindings.cli import main
-from gradsift.engine.check import CHECKS
+from gradsift.engine.check.run import CHECKS
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 

@@ -21,9 +21,9 @@ from tokens import save_adapter, save_base, write_jsonl
 from gradsift.bindings.cli import main
 from gradsift.bindings.data import Dataset
 from gradsift.bindings.models import load
-from gradsift.engine.capture import Capture
+from gradsift.engine.capture.capture import Capture
 from gradsift.engine.losses import language_model
-from gradsift.engine.store import FeatureStore
+from gradsift.engine.store.reader import FeatureStore
 
 WORDS = ["the", "cat", "sat", "on", "mat", "Paris", "is", "capital", "of", "France"]
 
@@ -246,7 +246,7 @@ def test_another_adapter_is_refused(site: Site, store: str, cli: Cli, tmp_path: 
 
 
 def test_a_store_made_from_python_asks_for_its_model(site: Site, cli: Cli, tmp_path: Path) -> None:
-    from gradsift.engine.extract import extract
+    from gradsift.engine.extraction.extract import extract
 
     loaded = load(site.base, site.adapter, device="cpu")
     batches = Dataset.open(site.data, loaded.tokenizer).batches(block=64)

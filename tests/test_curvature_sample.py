@@ -10,9 +10,9 @@ from gradsift.bindings.curvature import CurvatureSample
 from gradsift.bindings.data import Dataset
 from gradsift.bindings.models import load
 from gradsift.bindings.workspace import Notes, Workspace
-from gradsift.engine.capture import Capture
-from gradsift.engine.extract import extract
-from gradsift.engine.gradient import gradient
+from gradsift.engine.answers.gradient import gradient
+from gradsift.engine.capture.capture import Capture
+from gradsift.engine.extraction.extract import extract
 from gradsift.engine.losses import language_model
 from gradsift.kernels.errors import DataError
 from gradsift.kernels.spec import SketchSpec

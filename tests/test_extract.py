@@ -23,11 +23,11 @@ from torch.utils.data import DataLoader
 from toy import CLASSES, ROWS, SIZES, SPEC, ToyLoss, expected, toy_batches, toy_extract, toy_model, tree
 
 import gradsift as gs
-from gradsift.engine import block_writer, columns
-from gradsift.engine.curvature_plan import MOST_DRAWS, CurvaturePlan
-from gradsift.engine.fingerprints import adapter_fingerprint, batch_hash, model_fingerprint
-from gradsift.engine.ids import SeenIds, seed_of
-from gradsift.engine.progress import Update, left, reporting, speed
+from gradsift.engine.extraction.curvature_plan import MOST_DRAWS, CurvaturePlan
+from gradsift.engine.extraction.fingerprints import adapter_fingerprint, batch_hash, model_fingerprint
+from gradsift.engine.extraction.progress import Update, left, reporting, speed
+from gradsift.engine.store import block_writer, columns
+from gradsift.engine.store.ids import SeenIds, seed_of
 
 
 @pytest.fixture(autouse=True)

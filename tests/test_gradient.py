@@ -12,8 +12,8 @@ from models import SPEC, error, llama, oracle, padded_batch, with_lora
 from torch import nn
 
 import gradsift as gs
+from gradsift.engine.capture.maps import parameters_of
 from gradsift.engine.losses import language_model
-from gradsift.engine.maps import parameters_of
 
 
 def state(model: nn.Module) -> list[Any]:

@@ -34,7 +34,7 @@ class Whole(NamedTuple):
 def context() -> ForkServerContext:
     """Processes that start with everything imported: a kill costs milliseconds."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["zarr", "numcodecs.vlen", "gradsift.engine.extract"])
+    context.set_forkserver_preload(["zarr", "numcodecs.vlen", "gradsift.engine.extraction.extract"])
     return context
 
 

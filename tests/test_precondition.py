@@ -11,9 +11,9 @@ from stores import random_rows
 from torch import Tensor
 
 import gradsift as gs
-from gradsift.engine.fisher import Fisher
+from gradsift.engine.answers.fisher import Fisher
+from gradsift.engine.answers.precondition import precondition
 from gradsift.engine.losses import language_model
-from gradsift.engine.precondition import precondition
 
 
 class Case:

@@ -14,9 +14,9 @@ from test_gradient import same, state
 from torch import Tensor, nn
 
 import gradsift as gs
+from gradsift.engine.answers.rescore import Rescorer
+from gradsift.engine.capture.maps import parameters_of
 from gradsift.engine.losses import language_model
-from gradsift.engine.maps import parameters_of
-from gradsift.engine.rescore import Rescorer
 
 TOLERANCE = {"forward": 1e-5, "central": 1e-3, "auto": 1e-3}
 

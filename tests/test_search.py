@@ -16,11 +16,11 @@ from stores import TABLE, MemoryStore, dense_order, features, random_rows
 from torch import Tensor
 
 import gradsift as gs
-from gradsift.engine.features import TableRow
-from gradsift.engine.fisher import Fisher
+from gradsift.engine.answers.fisher import Fisher
+from gradsift.engine.answers.rescore import Exact
+from gradsift.engine.answers.search import prepare
+from gradsift.engine.capture.features import TableRow
 from gradsift.engine.losses import language_model
-from gradsift.engine.rescore import Exact
-from gradsift.engine.search import prepare
 
 SPEC = gs.SketchSpec(dim=64)
 

@@ -20,8 +20,8 @@ from hypothesis.extra import numpy as arrays
 from toy import ROWS, SPEC, expected, toy_batches, toy_extract, tree
 
 import gradsift as gs
-from gradsift.engine.columns import Column
-from gradsift.engine.half import from_half, to_half
+from gradsift.engine.store.columns import Column
+from gradsift.engine.store.half import from_half, to_half
 
 
 @pytest.fixture(scope="module", autouse=True)

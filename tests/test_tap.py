@@ -59,7 +59,7 @@ def test_conservation_is_checked_on_the_first_step_only_and_sees_accumulated_gra
     language_model(model, batch).sum().backward()  # gradients that were there before must not count
     capture = gs.Capture(model, SPEC)
     figures = []
-    with caplog.at_level(logging.INFO, logger="gradsift.engine.tap"):
+    with caplog.at_level(logging.INFO, logger="gradsift.engine.capture.tap"):
         for _ in range(2):
             with capture.tap() as tap:
                 language_model(model, batch).sum().backward()

@@ -19,7 +19,7 @@ SIZES = (5, 7, 4, 6, 3, 9, 1, 5)
 ROWS = sum(SIZES)
 CLASSES = 3
 
-logging.getLogger("gradsift.engine.capture").setLevel(logging.ERROR)  # the biases are left out on purpose
+logging.getLogger("gradsift.engine.capture.capture").setLevel(logging.ERROR)  # the biases are left out on purpose
 
 
 class ToyLoss:

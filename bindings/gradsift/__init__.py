@@ -15,26 +15,26 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Capture": "gradsift.engine.capture",
+    "Capture": "gradsift.engine.capture.capture",
     "CaptureError": "gradsift.kernels.errors",
     "DataError": "gradsift.kernels.errors",
-    "FeatureStore": "gradsift.engine.store",
-    "Features": "gradsift.engine.features",
+    "FeatureStore": "gradsift.engine.store.reader",
+    "Features": "gradsift.engine.capture.features",
     "GradsiftError": "gradsift.kernels.errors",
-    "Rescorer": "gradsift.engine.search",
+    "Rescorer": "gradsift.engine.answers.search",
     "ShapeError": "gradsift.kernels.errors",
     "SketchSpec": "gradsift.kernels.spec",
     "SpecError": "gradsift.kernels.errors",
     "StoreError": "gradsift.kernels.errors",
-    "check": "gradsift.engine.check",
-    "extract": "gradsift.engine.extract",
-    "gradient": "gradsift.engine.gradient",
+    "check": "gradsift.engine.check.run",
+    "extract": "gradsift.engine.extraction.extract",
+    "gradient": "gradsift.engine.answers.gradient",
     "losses": "gradsift.engine",
-    "rescore": "gradsift.engine.rescore",
-    "select": "gradsift.engine.select",
+    "rescore": "gradsift.engine.answers.rescore",
+    "select": "gradsift.engine.answers.select",
     "sketch_matrix": "gradsift.kernels.sketch",
     "sketch_outer": "gradsift.kernels.outer",
-    "topk": "gradsift.engine.search",
+    "topk": "gradsift.engine.answers.search",
 }
 
 __all__ = [
@@ -62,15 +62,15 @@ __all__ = [
 
 if TYPE_CHECKING:
     from gradsift.engine import losses
-    from gradsift.engine.capture import Capture
-    from gradsift.engine.check import check
-    from gradsift.engine.extract import extract
-    from gradsift.engine.features import Features
-    from gradsift.engine.gradient import gradient
-    from gradsift.engine.rescore import rescore
-    from gradsift.engine.search import Rescorer, topk
-    from gradsift.engine.select import select
-    from gradsift.engine.store import FeatureStore
+    from gradsift.engine.answers.gradient import gradient
+    from gradsift.engine.answers.rescore import rescore
+    from gradsift.engine.answers.search import Rescorer, topk
+    from gradsift.engine.answers.select import select
+    from gradsift.engine.capture.capture import Capture
+    from gradsift.engine.capture.features import Features
+    from gradsift.engine.check.run import check
+    from gradsift.engine.extraction.extract import extract
+    from gradsift.engine.store.reader import FeatureStore
     from gradsift.kernels.errors import (
         CaptureError,
         DataError,

@@ -1,0 +1,1 @@
+"""`gradsift check`: its command and how its report looks."""

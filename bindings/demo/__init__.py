@@ -1,0 +1,1 @@
+"""`gradsift demo`: planted examples, found again."""

@@ -1,0 +1,1 @@
+"""Answers: retrieval, curvature, exact scores and selection over a store."""

@@ -1,0 +1,87 @@
+"""Accumulator: turns the factors of maps into rows, one sketch over all parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gradsift.engine.capture.layout import Layout
+from gradsift.engine.capture.maps import Factor, Map
+from gradsift.kernels.outer import sketch_outer
+from gradsift.kernels.spec import SketchSpec
+
+__all__ = ["Accumulator"]
+
+
+class Accumulator:
+    """Sums the sketches of every parameter's per-example gradients; one buffer per device.
+
+    ``receive`` is a ``Receiver``. A map that arrives twice (two backward passes) still adds up right, but its norm does
+    not, so norms become NaN.
+    """
+
+    def __init__(self, spec: SketchSpec, layout: Layout, backend: str):
+        self._spec = spec
+        self._layout = layout
+        self._backend = backend
+        self._values: dict[torch.device, Tensor] = {}
+        self._squares: dict[torch.device, Tensor] = {}
+        self._seen: set[int] = set()
+        self._norms_known = True
+
+    def receive(self, target: Map, uses: Sequence[Sequence[Factor]]) -> None:
+        """Add one map's factors; all of its uses at once, so that its norm is exact."""
+        self._norms_known &= id(target) not in self._seen
+        self._seen.add(id(target))
+        with torch.no_grad():
+            for factors in zip(*uses, strict=True):
+                self._add(target, factors)
+
+    def _add(self, target: Map, factors: Sequence[Factor]) -> None:
+        layout, name = self._layout, factors[0].parameter
+        x = layout.join([layout.rows(_scaled(f.x, f.scale), target.name) for f in factors])
+        g = layout.join([layout.rows(f.g, target.name) for f in factors])
+        n, device = layout.n, x.values.device
+        assert n is not None
+        if device not in self._values:
+            self._values[device] = torch.zeros(n, self._spec.dim, device=device)
+            self._squares[device] = torch.zeros(n, device=device)
+        sketch_outer(
+            x.values,
+            g.values,
+            x.segments,
+            self._spec,
+            name=name,
+            shape=tuple(target.parameters[name].shape),
+            out=self._values[device],
+            sqnorm=self._squares[device],
+            backend=self._backend,
+        )
+
+    @property
+    def values(self) -> Tensor:
+        """float32, shape (n, dim), on the device of the first map that reported; zeros when every map was idle."""
+        return _total(list(self._values.values()) or [torch.zeros(self._layout.n or 0, self._spec.dim)])
+
+    @property
+    def grad_norm(self) -> Tensor:
+        """float32, shape (n,)."""
+        norm = _total(list(self._squares.values()) or [torch.zeros(self._layout.n or 0)]).sqrt()
+        return norm if self._norms_known else torch.full_like(norm, torch.nan)
+
+
+def _total(parts: list[Tensor]) -> Tensor:
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part.to(total.device)
+    return total
+
+
+def _scaled(x: Tensor, scale: float) -> Tensor:
+    """scale * x without another rounding: a power of two is exact in any dtype."""
+    if scale == 1.0:
+        return x
+    exact = scale > 0 and torch.frexp(torch.tensor(scale))[0].item() == 0.5
+    return x * scale if exact else x.float() * scale

@@ -1,0 +1,350 @@
+"""Maps: the linear maps whose per-example gradients are captured, how they are chosen, and what is refused.
+
+A map owns one or two parameters and knows where its two factors are read. The gradient of a parameter (p, q) for one
+example is the sum over its tokens of g x^T; LoRA's A takes (x, u) and B takes (h, g), where h = A x and u is the
+gradient that reaches h.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from gradsift.engine.capture.features import TableRow
+from gradsift.engine.capture.names import active_adapters, is_instance_of, loaded_type, parameter_names, walk
+from gradsift.kernels.errors import CaptureError
+
+__all__ = ["Factor", "Map", "Watcher", "find_maps", "parameters_of", "uncovered_shares"]
+
+Modules = str | Sequence[str]
+
+
+class Factor(NamedTuple):
+    """One parameter's share of a use: its gradient is ``scale * sum_t g_t x_t^T``."""
+
+    parameter: str
+    x: Tensor
+    g: Tensor
+    scale: float = 1.0
+
+
+class Watcher(Protocol):
+    """What a map tells while the model runs."""
+
+    def called(self, target: Map, x: Tensor) -> bool:
+        """The map computes on x; False when no gradient is recorded now."""
+
+    def mark(self, target: Map, output: Tensor, saved: Sequence[Tensor], complete: Any) -> None:
+        """Call ``complete(gradient at output, *saved)`` in the backward pass."""
+
+
+class Map(ABC):
+    """A linear map with the parameters that it owns.
+
+    Attributes:
+        name: canonical name of the module.
+        kind: "lora", "linear" or "conv1d".
+        parameters: canonical parameter name -> parameter.
+        scale: LoRA's scaling; 1 for other maps.
+        modules: the modules that apply it; several when they share their weight.
+    """
+
+    kind: str
+
+    def __init__(self, name: str, module: nn.Module, parameters: dict[str, nn.Parameter], scale: float = 1.0):
+        self.name = name
+        self.modules = [module]
+        self.parameters = parameters
+        self.scale = scale
+
+    @property
+    def table(self) -> list[TableRow]:
+        """A row per parameter."""
+        return [TableRow(name, tuple(p.shape), self.scale) for name, p in self.parameters.items()]
+
+    def check(self) -> None:  # noqa: B027 - most maps cannot be switched off
+        """Raise when the map would compute something else than its parameters say."""
+
+    @abstractmethod
+    def watch(self, watcher: Watcher) -> list[RemovableHandle]:
+        """Hook the modules; the handles undo it."""
+
+
+class LinearMap(Map):
+    """``nn.Linear``: weight (d_out, d_in)."""
+
+    kind = "linear"
+
+    def watch(self, watcher: Watcher) -> list[RemovableHandle]:
+        """Read x at the input and g at the output."""
+
+        def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            if watcher.called(self, args[0]):
+                watcher.mark(self, output, [args[0]], partial(self.factors, output.dtype))
+
+        return [module.register_forward_hook(hook) for module in self.modules]
+
+    def factors(self, dtype: torch.dtype, g: Tensor, x: Tensor) -> list[Factor]:
+        """The factors as the map itself multiplied them: x in the dtype of the product."""
+        (name,) = self.parameters
+        return [Factor(name, x.to(dtype), g)]
+
+
+class Conv1DMap(LinearMap):
+    """transformers' ``Conv1D``: weight (d_in, d_out), so the roles of x and g are exchanged."""
+
+    kind = "conv1d"
+
+    def factors(self, dtype: torch.dtype, g: Tensor, x: Tensor) -> list[Factor]:
+        """As of a linear map, transposed."""
+        (name,) = self.parameters
+        return [Factor(name, g, x.to(dtype))]
+
+
+class LoraMap(Map):
+    """One adapter of one LoRA layer of PEFT: A (r, d_in) and B (d_out, r).
+
+    x is read at the layer's input and g at its output: on a low-precision base PEFT casts adapters up, and the copies
+    that A and B would see are never kept. Only behind an active dropout is x read at A.
+    """
+
+    kind = "lora"
+
+    def __init__(self, name: str, layer: Any, adapter: str, parameters: dict[str, nn.Parameter]):
+        super().__init__(name, layer, parameters, float(layer.scaling[adapter]))
+        self.layer = layer
+        self.adapter = adapter
+
+    @property
+    def table(self) -> list[TableRow]:
+        """Rows of A and B, with the scaling that is in force now."""
+        self.scale = float(self.layer.scaling[self.adapter])
+        return super().table
+
+    def check(self) -> None:
+        """Refuse a layer whose adapter is merged or switched off: it computes, but not with A and B."""
+        if getattr(self.layer, "merged_adapters", None):
+            raise CaptureError(
+                f"{self.name}: the adapter is merged into the base weight, so A and B get no gradient: "
+                "call model.unmerge_adapter() first"
+            )
+        if getattr(self.layer, "disable_adapters", False):
+            raise CaptureError(f"{self.name}: adapters are disabled: enable them before capturing")
+        if self.adapter not in self.layer.active_adapters:
+            raise CaptureError(
+                f"{self.name}: adapter {self.adapter!r} is no longer active: make a new Capture after set_adapter"
+            )
+
+    def watch(self, watcher: Watcher) -> list[RemovableHandle]:
+        """Three hooks: the layer's input, A's output, the layer's output."""
+        inputs: list[Tensor] = []
+        uses: list[_LoraUse] = []
+
+        def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.check()
+            inputs[:] = [args[0] if args else kwargs["x"]]
+            uses.clear()
+
+        def down(_: nn.Module, args: tuple[Any, ...], h: Tensor) -> None:
+            x = args[0] if self._drops() else inputs[0]
+            if not watcher.called(self, x):
+                return
+            use = _LoraUse(self, h.dtype)
+            uses.append(use)
+            watcher.mark(self, h, [x, h], use.complete)
+
+        def leave(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            if kwargs.get("adapter_names") is not None:  # set by a hook of PEFT's that runs after `enter`
+                raise CaptureError(
+                    f"{self.name}: adapter_names mixes adapters within a batch: give one batch per adapter"
+                )
+            for use in uses:
+                if output.requires_grad:
+                    output.register_hook(use.receive)
+            inputs.clear()
+            uses.clear()
+
+        return [
+            self.layer.register_forward_pre_hook(enter, with_kwargs=True),
+            self.layer.lora_A[self.adapter].register_forward_hook(down),
+            self.layer.register_forward_hook(leave, with_kwargs=True),
+        ]
+
+    def _drops(self) -> bool:
+        dropout = self.layer.lora_dropout[self.adapter]
+        return bool(dropout.training and getattr(dropout, "p", 0.0) > 0.0)
+
+
+class _LoraUse:
+    """One call of a LoRA map: g arrives at the layer's output first, then u at A's output completes it."""
+
+    def __init__(self, owner: LoraMap, dtype: torch.dtype):
+        self.owner = owner
+        self.dtype = dtype
+        self.scale = float(owner.layer.scaling[owner.adapter])
+        self.g: Tensor | None = None
+
+    def receive(self, g: Tensor) -> None:
+        self.g = g if self.g is None else self.g + g
+
+    def complete(self, u: Tensor, x: Tensor, h: Tensor) -> list[Factor]:
+        g, self.g = self.g, None
+        if g is None:
+            raise CaptureError(f"{self.owner.name}: a gradient reached A but not the layer's output: unknown variant")
+        a, b = self.owner.parameters
+        return [Factor(a, x.to(self.dtype), u), Factor(b, h, g.to(self.dtype), self.scale)]
+
+
+def find_maps(model: nn.Module, modules: Modules = "lora") -> list[Map]:
+    """The maps that a selection names, in the order of the model.
+
+    Args:
+        modules: "lora" for the pairs of every active LoRA adapter of PEFT; else one glob or several, matched against
+            canonical and plain module names: ``nn.Linear``, transformers' ``Conv1D``, and LoRA layers (their pair).
+
+    Raises:
+        CaptureError: nothing matches; or a match cannot be captured truthfully, with its name and the cause.
+    """
+    patterns = None if modules == "lora" else [modules] if isinstance(modules, str) else list(modules)
+    named = list(walk(model))
+    names = parameter_names(model)
+    maps: list[Map] = []
+    inside_lora: set[int] = set()
+    for name, plain, module in named:
+        if patterns is not None and not any(fnmatchcase(n, p) for n in (name, plain) for p in patterns):
+            continue
+        if id(module) in inside_lora:
+            continue
+        if is_instance_of(module, "peft.tuners.lora.layer", "LoraLayer"):
+            maps += _lora_maps(name, module, names)
+            inside_lora.update(map(id, module.modules()))
+        elif patterns is not None and (linear := _linear_map(name, module, names)) is not None:
+            maps.append(linear)
+    if not maps:
+        raise CaptureError(_nothing_matches(modules, named))
+    maps = _merge_shared(maps)
+    _refuse_outside_uses(maps, named)
+    for found in maps:
+        found.check()
+    return maps
+
+
+def parameters_of(model: nn.Module, modules: Modules = "lora") -> dict[str, nn.Parameter]:
+    """Canonical name -> parameter of every captured parameter, in table order."""
+    return {name: p for found in find_maps(model, modules) for name, p in found.parameters.items()}
+
+
+def uncovered_shares(model: nn.Module, maps: Iterable[Map]) -> dict[str, float]:
+    """Trainable parameters that no map owns: canonical name -> share of all trainable numbers."""
+    owned = {id(p) for found in maps for p in found.parameters.values()}
+    names = parameter_names(model)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    total = sum(p.numel() for p in trainable)
+    shares: dict[str, float] = {}
+    for parameter in trainable:
+        if id(parameter) not in owned:  # nested wrappers of PEFT can give two parameters one name
+            name = names.get(id(parameter), "?")
+            shares[name] = shares.get(name, 0.0) + parameter.numel() / total
+    return shares
+
+
+def _lora_maps(name: str, layer: Any, names: dict[int, str]) -> list[Map]:
+    maps: list[Map] = []
+    for adapter in active_adapters(layer):
+        _refuse_variant(name, layer, adapter)
+        weights = [layer.lora_A[adapter].weight, layer.lora_B[adapter].weight]
+        maps.append(LoraMap(name, layer, adapter, {names[id(w)]: w for w in weights}))
+    return maps
+
+
+def _refuse_variant(name: str, layer: Any, adapter: str) -> None:
+    """Everything that has a LoRA's shape but another formula is refused by its name."""
+    cause = None
+    variant = getattr(layer, "lora_variant", {}).get(adapter)
+    base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else None
+    if getattr(layer, "use_dora", {}).get(adapter):
+        cause = "DoRA divides by the norm of the merged weight"
+    elif variant is not None:
+        cause = f"the LoRA variant {type(variant).__name__} has another formula"
+    elif is_instance_of(layer, "peft.tuners.lora.layer", "ParamWrapper"):
+        cause = (
+            f"LoRA on the parameter {getattr(layer, 'parameter_name', '?')!r} of {type(base).__name__} is added to the "
+            "weight itself (as on fused experts), so no activation of it can be read"
+        )
+    elif is_instance_of(layer, "peft.tuners.lora.layer", "MultiheadAttention"):
+        cause = "PEFT merges the adapter of nn.MultiheadAttention in its forward"
+    elif adapter not in layer.lora_A or not isinstance(layer.lora_A[adapter], nn.Linear):
+        cause = f"{type(layer).__name__} on {type(base).__name__} is not LoRA on a linear map"
+    elif not isinstance(layer.lora_B[adapter], nn.Linear):
+        cause = f"its B is a {type(layer.lora_B[adapter]).__name__}"
+    if cause is not None:
+        raise CaptureError(
+            f"{name} ({type(layer).__name__}) cannot be captured: {cause}; "
+            "leave it out by naming the other modules in modules=[...], or train it as plain LoRA"
+        )
+
+
+def _linear_map(name: str, module: nn.Module, names: dict[int, str]) -> Map | None:
+    conv1d = loaded_type("transformers.pytorch_utils", "Conv1D")
+    is_conv1d = conv1d is not None and isinstance(module, conv1d)
+    if not (isinstance(module, nn.Linear) or is_conv1d):
+        return None
+    weight: Any = module.weight
+    expected = 2
+    if not isinstance(weight, nn.Parameter) or weight.ndim != expected or not weight.is_floating_point():
+        raise CaptureError(
+            f"{name} ({type(module).__name__}) holds a packed weight of {getattr(weight, 'dtype', '?')}: "
+            "its gradient is not defined, so train a LoRA on it"
+        )
+    return (Conv1DMap if is_conv1d else LinearMap)(name, module, {names[id(weight)]: weight})
+
+
+def _merge_shared(maps: list[Map]) -> list[Map]:
+    """Maps that share their weight are one map with several modules."""
+    by_weight: dict[tuple[int, ...], Map] = {}
+    for found in maps:
+        key = tuple(id(p) for p in found.parameters.values())
+        first = by_weight.setdefault(key, found)
+        if first is not found:
+            if isinstance(found, LoraMap):
+                raise CaptureError(f"{found.name} shares its LoRA weights with {first.name}: tied LoRA is refused")
+            first.modules += found.modules
+    return list(by_weight.values())
+
+
+def _refuse_outside_uses(maps: list[Map], named: list[tuple[str, str, nn.Module]]) -> None:
+    """A weight that is also used elsewhere has a gradient that its map alone cannot give."""
+    owners = {id(p): found for found in maps for p in found.parameters.values()}
+    inside = {id(m) for found in maps for module in found.modules for m in module.modules()}
+    for name, _, module in named:
+        if id(module) in inside:
+            continue
+        for parameter in module.parameters(recurse=False):
+            if id(parameter) in owners:
+                raise CaptureError(
+                    f"the weight of {owners[id(parameter)].name} is tied to {name} ({type(module).__name__}), "
+                    "whose use is not captured: leave it out of modules=[...]"
+                )
+
+
+def _nothing_matches(modules: Modules, named: list[tuple[str, str, nn.Module]]) -> str:
+    linear = [name for name, _, module in named if isinstance(module, nn.Linear)]
+    layers = [m for _, _, m in named if is_instance_of(m, "peft.tuners.tuners_utils", "BaseTunerLayer")]
+    tuners = sorted({type(m).__module__.removeprefix("peft.tuners.").split(".")[0] for m in layers})
+    if modules == "lora":
+        found = (
+            f"the model has {', '.join(tuners)} layers of PEFT"
+            if tuners
+            else "the model has no LoRA layer that is active"
+        )
+        return (
+            f"modules='lora' selects nothing: {found}; attach an adapter with PEFT, or give a glob such as '*.q_proj'"
+        )
+    return f"modules={modules!r} matches no linear map; there are, for example, {', '.join(linear[:4]) or 'none'}"

@@ -1,0 +1,1 @@
+"""Checks: can this model be attributed at all? One file per kind of question."""

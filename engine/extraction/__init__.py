@@ -1,0 +1,1 @@
+"""Extraction: a data set to a store, resumable."""

@@ -1,0 +1,1 @@
+"""Store: rows on disk in zarr, block by block, readable by mmap."""
