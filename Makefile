@@ -44,7 +44,7 @@ lint: $(READY)
 
 # mypy cannot follow an editable install with mapped folders: it reads a built copy.
 types: $(READY)
-	rm -rf build/types
+	rm -rf build/types build/lib build/bdist.*
 	$(PIP) install -q --no-deps --target build/types .
 	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p gradsift
 

@@ -106,7 +106,8 @@ def active_adapters(module: nn.Module) -> list[str]:
 
 def all_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Every parameter once. ``model.parameters()`` builds names on its way, which is felt in every pass."""
-    modules, stack, found = {id(model)}, [model], {}
+    modules, stack = {id(model)}, [model]
+    found: dict[int, nn.Parameter] = {}
     while stack:
         module = stack.pop()
         found.update((id(p), p) for p in module._parameters.values() if p is not None)
