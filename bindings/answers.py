@@ -50,7 +50,7 @@ class Asker:
         space: the store with its model and data. questions: the queries. scorer: as of ``topk``. exact: let
         exact gradients order a short list, along the curvature-corrected gradient of the query if the
             scorer is "fisher"; otherwise they only say which tokens of the answers pull the query's loss.
-        sample: curvature rows behind exact answers of "fisher"; all of the store's unless given.
+        sample: curvature rows behind exact answers of "fisher", at most; all of the store's unless given.
     """
 
     def __init__(

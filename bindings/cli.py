@@ -255,9 +255,8 @@ def query(
         Scorer, typer.Option(help="fisher corrects for curvature; dot and cosine are plain.")
     ] = Scorer.fisher,
     sample: Annotated[
-        int | None,
-        typer.Option(help="Curvature rows behind --exact fisher answers: fewer are faster; all unless given."),
-    ] = None,
+        int, typer.Option(min=1, help="Curvature rows behind --exact fisher answers, at most: fewer are faster.")
+    ] = 256,
     whole: Annotated[bool, typer.Option("--whole", help="Show long texts whole.")] = False,
     model: OtherModel = None,
     adapter: OtherAdapter = None,

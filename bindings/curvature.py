@@ -29,18 +29,17 @@ class CurvatureSample:
 
     Args:
         space: the store with its model and data.
-        rows: how many rows to use, spread evenly over the sample; all unless given.
+        rows: how many rows to use at most, spread evenly over the sample; all unless given.
 
     Raises:
-        DataError: the store holds fewer rows, or none.
+        DataError: the store holds none.
     """
 
     def __init__(self, space: Workspace, rows: int | None = None) -> None:
         sample, draws = space.store.curvature, space.store.curvature_draws
-        held = 0 if sample is None else len(sample)
-        if sample is None or not 0 < (held if rows is None else rows) <= held:
-            raise DataError(f"{rows or 'some'} curvature rows are wanted but '{space.store.path}' holds {held}")
-        chosen = np.linspace(0, held - 1, rows or held).round().astype(int)
+        if sample is None:
+            raise DataError(f"'{space.store.path}' holds no curvature sample: extract with --curvature 2000")
+        chosen = np.linspace(0, len(sample) - 1, min(rows or len(sample), len(sample))).round().astype(int)
         self._space = space
         self._fisher = Fisher(sample[chosen], examples=len(space.store))
         self._batches = [
