@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from gradsift.bindings.memory import keep_freed_memory
+
 __all__ = ["FULL", "paired"]
 
 FULL = os.environ.get("GRADSIFT_BENCH", "quick") == "full"
@@ -35,6 +37,7 @@ def paired(
         name -> median over rounds of (its time / the baseline's time in the same round); "A/A" for the baseline
         against itself. Medians, ratios and spread go to ``benchmark.extra_info["rows"]``.
     """
+    keep_freed_memory()  # as the command line does: otherwise page faults are what is compared
     calls = {**providers, _AGAIN: providers[baseline]}
     times: dict[str, list[float]] = {name: [] for name in calls}
     turn = iter(range(10**9))

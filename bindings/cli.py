@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from typer.core import TyperCommand, TyperGroup
 
 from gradsift.bindings.extras import require
+from gradsift.bindings.memory import keep_freed_memory
 from gradsift.kernels.errors import DataError, GradsiftError
 
 if TYPE_CHECKING:
@@ -370,6 +371,7 @@ def info(
 def main() -> None:
     """Run the command line; every expected error is one sentence on stderr and exit code 2."""
     _quiet()
+    keep_freed_memory()
     try:
         app()
     except GradsiftError as error:

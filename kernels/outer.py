@@ -222,7 +222,8 @@ def _sketch_outer_torch(
     for first in range(0, n, step):
         last = min(n, first + step)
         if offsets is None:
-            grad = torch.bmm(thin[first:last].transpose(1, 2).to(dtype), long[first:last].to(dtype))
+            some = slice(first, last)
+            grad = torch.bmm(thin[some].to(dtype).mT, long[some].to(dtype))
         else:
             grad = torch.empty(last - first, rows, columns, dtype=dtype, device=x.device)
             for i in range(first, last):
