@@ -230,7 +230,7 @@ def _sketch_outer_torch(
                 own = slice(offsets[i], offsets[i + 1])
                 torch.mm(thin[own].t().to(dtype), long[own].to(dtype), out=grad[i - first])
         if sqnorm is not None:
-            sqnorm[first:last] += torch.linalg.vector_norm(grad, dim=(1, 2)).square()
+            sqnorm[first:last].add_(torch.linalg.vector_norm(grad, dim=(1, 2)).square_())
         _add_sketch(grad, transposed, spec, name, tuple(shape), out[first:last])
 
 
@@ -238,7 +238,7 @@ def _add_sketch(
     grad: Tensor, transposed: bool, spec: SketchSpec, name: str, shape: tuple[int, ...], out: Tensor
 ) -> None:
     """Sketch gradients (n, thin, long) that nobody else holds: they are overwritten."""
-    n, size = len(grad), grad[0].numel()
+    n, size = grad.shape[0], grad.shape[1] * grad.shape[2]
     if spec.kind == "identity":
         offset = identity_offset(spec, name, shape)
         out[:, offset : offset + size] += (grad.transpose(1, 2) if transposed else grad).reshape(n, size)

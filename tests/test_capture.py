@@ -22,6 +22,7 @@ from transformers import (
 )
 
 import gradsift as gs
+from gradsift.engine.capture.fused import FusedLora
 from gradsift.engine.capture.layout import make_layout
 
 language_model = gs.losses.language_model
@@ -91,6 +92,33 @@ def test_renamed_adapter_has_the_same_rows() -> None:
                 nn.init.normal_(parameter)
         rows.append(gs.Capture(model, SPEC)(padded_batch(), language_model).values)
     assert torch.equal(*rows)
+
+
+def test_fused_layer_is_used_where_it_is_the_same_and_only_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    original = FusedLora.forward
+
+    def counted(ctx: Any, *args: Any) -> Tensor:
+        calls.append(1)
+        return original(ctx, *args)
+
+    monkeypatch.setattr(FusedLora, "forward", staticmethod(counted))
+    model, batch = with_lora(llama(attention_bias=True)), padded_batch()
+    maps = 6
+    fused = gs.Capture(model, SPEC)(batch, language_model).values
+    assert len(calls) == 2 * maps  # the pass and the probe
+    handles = [
+        m.register_forward_hook(lambda *_: None) for n, m in model.named_modules() if n.endswith("lora_A.default")
+    ]
+    usual = gs.Capture(model, SPEC)(batch, language_model).values
+    assert len(calls) == 2 * maps
+    assert error(fused, usual.double()) <= 1e-6
+    for handle in handles:
+        handle.remove()
+    with gs.Capture(model, SPEC).tap():
+        language_model(model, batch).sum().backward()
+    assert len(calls) == 3 * maps  # only the frozen replay of the first step
+    assert all("forward" not in m.__dict__ for m in model.modules())
 
 
 def test_batch_composition_does_not_matter() -> None:
@@ -334,8 +362,8 @@ class _FromFactors:
 
         model = self.capture.model
         flags = {p: p.requires_grad for p in model.parameters()}
+        model.requires_grad_(False)
         with self.capture.recorded(receive, make_layout(None, 0)):
-            model.requires_grad_(False)
             language_model(model, batch).sum().backward()
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)

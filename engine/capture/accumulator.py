@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import frexp
 
 import torch
 from torch import Tensor
@@ -83,5 +84,5 @@ def _scaled(x: Tensor, scale: float) -> Tensor:
     """scale * x without another rounding: a power of two is exact in any dtype."""
     if scale == 1.0:
         return x
-    exact = scale > 0 and torch.frexp(torch.tensor(scale))[0].item() == 0.5
+    exact = frexp(scale)[0] == 0.5
     return x * scale if exact else x.float() * scale

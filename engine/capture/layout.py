@@ -65,6 +65,8 @@ class BatchAxis:
                 f"{self.n} examples: give batch_axis or segments, or leave this map out (repeated, windowed and "
                 "routed rows cannot be told apart)"
             )
+        if self.axis == 0 and t.ndim == 3:
+            return Rows(t)
         t = t.movedim(self.axis, 0)
         return Rows(t.reshape(self.n, -1, t.shape[-1]))
 

@@ -8,22 +8,23 @@ gradient that reaches h.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from gradsift.engine.capture.features import TableRow
+from gradsift.engine.capture.fused import FusedLora, Override, is_plain
 from gradsift.engine.capture.names import active_adapters, is_instance_of, loaded_type, parameter_names, walk
 from gradsift.kernels.errors import CaptureError
 
-__all__ = ["Factor", "Map", "Watcher", "find_maps", "parameters_of", "uncovered_shares"]
+__all__ = ["Complete", "Factor", "Map", "Watcher", "find_maps", "parameters_of", "uncovered_shares"]
 
 Modules = str | Sequence[str]
+Complete = Callable[..., list["Factor"]]
 
 
 class Factor(NamedTuple):
@@ -38,11 +39,24 @@ class Factor(NamedTuple):
 class Watcher(Protocol):
     """What a map tells while the model runs."""
 
+    starter: Tensor
+    """A scalar that requires a gradient: what takes it as an input starts the graph."""
+
     def called(self, target: Map, x: Tensor) -> bool:
         """The map computes on x; False when no gradient is recorded now."""
 
-    def mark(self, target: Map, output: Tensor, saved: Sequence[Tensor], complete: Any) -> None:
+    def receiver(self, target: Map, complete: Complete) -> Callable[..., None]:
+        """What to call in the backward pass, with the arguments of ``complete``."""
+
+    def mark(self, target: Map, output: Tensor, saved: Sequence[Tensor], complete: Complete) -> None:
         """Call ``complete(gradient at output, *saved)`` in the backward pass."""
+
+
+class Handle(Protocol):
+    """What undoes a hook."""
+
+    def remove(self) -> None:
+        """Undo it."""
 
 
 class Map(ABC):
@@ -73,7 +87,7 @@ class Map(ABC):
         """Raise when the map would compute something else than its parameters say."""
 
     @abstractmethod
-    def watch(self, watcher: Watcher) -> list[RemovableHandle]:
+    def watch(self, watcher: Watcher) -> Sequence[Handle]:
         """Hook the modules; the handles undo it."""
 
 
@@ -82,7 +96,7 @@ class LinearMap(Map):
 
     kind = "linear"
 
-    def watch(self, watcher: Watcher) -> list[RemovableHandle]:
+    def watch(self, watcher: Watcher) -> Sequence[Handle]:
         """Read x at the input and g at the output."""
 
         def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
@@ -142,8 +156,8 @@ class LoraMap(Map):
                 f"{self.name}: adapter {self.adapter!r} is no longer active: make a new Capture after set_adapter"
             )
 
-    def watch(self, watcher: Watcher) -> list[RemovableHandle]:
-        """Three hooks: the layer's input, A's output, the layer's output."""
+    def watch(self, watcher: Watcher) -> Sequence[Handle]:
+        """Three hooks: the layer's input, A's output, the layer's output; and a fused forward where it is the same."""
         inputs: list[Tensor] = []
         uses: list[_LoraUse] = []
 
@@ -171,11 +185,35 @@ class LoraMap(Map):
             inputs.clear()
             uses.clear()
 
+        fused = [Override(self.layer, self._fused(watcher))] if is_plain(self.layer, self.adapter) else []
         return [
+            *fused,
             self.layer.register_forward_pre_hook(enter, with_kwargs=True),
             self.layer.lora_A[self.adapter].register_forward_hook(down),
             self.layer.register_forward_hook(leave, with_kwargs=True),
         ]
+
+    def _fused(self, watcher: Watcher) -> Callable[..., Tensor]:
+        """The layer's forward as one function; calls that it does not cover take the usual way, hooks and all."""
+        layer, forward = self.layer, self.layer.forward
+        a, b = self.parameters.values()
+        scale = float(layer.scaling[self.adapter])
+        down, up = self.parameters
+
+        def complete(g: Tensor, u: Tensor, x: Tensor, h: Tensor) -> list[Factor]:
+            return [Factor(down, x, u), Factor(up, h, g, scale)]
+
+        receive = watcher.receiver(self, complete)
+
+        def fused(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            plain = not args and all(value is None for value in kwargs.values())
+            if not plain or x.dtype != a.dtype or torch.is_autocast_enabled(x.device.type):
+                return forward(x, *args, **kwargs)  # type: ignore[no-any-return]
+            watcher.called(self, x)
+            y: Tensor = FusedLora.apply(x, watcher.starter, layer.base_layer, a, b, scale, receive)  # type: ignore[no-untyped-call]
+            return y
+
+        return fused
 
     def _drops(self) -> bool:
         dropout = self.layer.lora_dropout[self.adapter]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from gradsift.engine.capture.layout import Layout
-from gradsift.engine.capture.maps import Factor, Map
+from gradsift.engine.capture.maps import Complete, Factor, Map
 from gradsift.kernels.errors import CaptureError
 
 __all__ = ["Receiver", "Recorder"]
@@ -27,14 +27,12 @@ __all__ = ["Receiver", "Recorder"]
 Receiver = Callable[[Map, Sequence[Sequence[Factor]]], None]
 """Takes a map and the factors of each of its uses in this pass."""
 
-Complete = Callable[..., list[Factor]]
-
 
 class _Mark(torch.autograd.Function):
     """Identity on ``output``; its backward reads the gradient together with the saved tensors."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, starter: Tensor, receive: Complete, *saved: Tensor) -> Tensor:
+    def forward(ctx: Any, output: Tensor, starter: Tensor, receive: Callable[..., None], *saved: Tensor) -> Tensor:
         ctx.mark_dirty(output)
         ctx.receive = receive
         ctx.save_for_backward(*saved)
@@ -71,7 +69,7 @@ class Recorder:
         self._receive = receive
         self._layout = layout
         self._counts = {id(found): _Count() for found in maps}
-        self._starter = torch.zeros((), requires_grad=True)
+        self.starter = torch.zeros((), requires_grad=True)
         self._stack = ExitStack()
 
     def __enter__(self) -> Recorder:
@@ -95,13 +93,13 @@ class Recorder:
             count.silent += not grad
         return grad
 
+    def receiver(self, target: Map, complete: Complete) -> Callable[..., None]:
+        """What a backward pass calls to complete a use of the map."""
+        return lambda *found: self._complete(target, complete(*found))
+
     def mark(self, target: Map, output: Tensor, saved: Sequence[Tensor], complete: Complete) -> None:
         """Have ``complete(gradient, *saved)`` called when the gradient at ``output`` is known."""
-
-        def receive(grad: Tensor, *saved: Tensor) -> None:
-            self._complete(target, complete(grad, *saved))
-
-        _Mark.apply(output, self._starter, receive, *saved)  # type: ignore[no-untyped-call]
+        _Mark.apply(output, self.starter, self.receiver(target, complete), *saved)  # type: ignore[no-untyped-call]
 
     def _complete(self, target: Map, factors: list[Factor]) -> None:
         count = self._counts[id(target)]
