@@ -67,3 +67,40 @@ def test_every_public_name_exists() -> None:
     import gradsift
 
     assert all(getattr(gradsift, name) is not None for name in gradsift.__all__)
+
+
+CORE_ALONE = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"transformers", "peft", "datasets", "gguf", "matplotlib", "hypothesis", "pytest"}:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent())
+import torch
+import gradsift as gs
+
+model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 2))
+loss = lambda model, batch: model(batch["x"]).square().sum(1)
+batches = [{"x": torch.randn(3, 4)} for _ in range(4)]
+store = gs.extract(model, batches, loss, sys.argv[1], spec=gs.SketchSpec(dim=64), modules="*", progress=False)
+query = gs.Capture(model, store.spec, modules="*")(batches[2], loss)
+print(gs.topk(store, query, k=1, scorer="cosine").rows[:, 0].tolist())
+"""
+
+
+def test_core_works_without_the_extras(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", CORE_ALONE, str(tmp_path / "train.zarr")]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(run.stdout) == [6, 7, 8]
+
+
+def test_missing_extra_is_one_sentence_with_the_pip_command(tmp_path: Path) -> None:
+    code = CORE_ALONE.split("import torch")[0] + "from gradsift.bindings.cli import main; main()"
+    (tmp_path / "train.jsonl").write_text('{"text": "a b"}\n')
+    arguments = ["extract", "--model", "m", "--data", str(tmp_path / "train.jsonl"), "--out", str(tmp_path / "s.zarr")]
+    run = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert run.returncode == 2
+    assert "pip install 'gradsift[hf]'" in run.stderr
+    assert "Traceback" not in run.stderr
