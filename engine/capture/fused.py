@@ -69,7 +69,8 @@ class Override:
 def is_plain(layer: Any, adapter: str) -> bool:
     """Whether a LoRA layer is nothing but the formula: frozen, one adapter, no hook, no dropout, and not in low
     precision, where another order of rounding would show."""
-    if type(layer) is not loaded_type("peft.tuners.lora.layer", "Linear") or type(layer.base_layer) is not nn.Linear:
+    plain: Any = loaded_type("peft.tuners.lora.layer", "Linear")
+    if type(layer) is not plain or type(layer.base_layer) is not nn.Linear:
         return False
     down, up, dropout = layer.lora_A[adapter], layer.lora_B[adapter], layer.lora_dropout[adapter]
     if any(p.requires_grad for p in (*down.parameters(), *up.parameters())):
