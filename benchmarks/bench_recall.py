@@ -38,11 +38,9 @@ class Setup:
         self.batches = [{"input_ids": part} for part in self.records.split(BATCH)]
         self.queries = {"input_ids": unseen}
         chosen = torch.randperm(RECORDS, generator=torch.Generator().manual_seed(2))[:SAMPLE]
-        plain = [{"input_ids": part} for part in self.records[chosen].split(BATCH)]
         self.sample = [
-            {**batch, "labels": language_model.sample_labels(self.model, batch, range(i * BATCH, i * BATCH + len(ids)))}
-            for i, batch in enumerate(plain)
-            for ids in batch.values()
+            language_model.sampled_batch(self.model, {"input_ids": part}, range(i * BATCH, i * BATCH + len(part)))
+            for i, part in enumerate(self.records[chosen].split(BATCH))
         ]
         identity = gs.Capture(self.model, gs.SketchSpec(kind="identity"))
         self.exact = self.rows(identity, self.batches)
