@@ -81,10 +81,11 @@ sys.meta_path.insert(0, Absent())
 import torch
 import gradsift as gs
 
+torch.manual_seed(0)
 model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 2))
 loss = lambda model, batch: model(batch["x"]).square().sum(1)
 batches = [{"x": torch.randn(3, 4)} for _ in range(4)]
-store = gs.extract(model, batches, loss, sys.argv[1], spec=gs.SketchSpec(dim=64), modules="*", progress=False)
+store = gs.extract(model, batches, loss, sys.argv[1], spec=gs.SketchSpec(kind="identity"), modules="*", progress=False)
 query = gs.Capture(model, store.spec, modules="*")(batches[2], loss)
 print(gs.topk(store, query, k=1, scorer="cosine").rows[:, 0].tolist())
 """
