@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -17,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad
 
 from gradsift.engine.answers.gradient import state_names
+from gradsift.engine.capture.frozen import evaluating
 from gradsift.engine.capture.maps import Modules, parameters_of
 from gradsift.kernels.errors import BackendError, ShapeError, SpecError
 
@@ -92,7 +92,7 @@ def rescore(
     names = {name: f"model.{plain}" for name, plain in state_names(model, parameters).items()}
     weights = {names[name]: parameter.detach() for name, parameter in parameters.items()}
     direction = {names[name]: v[name].detach().to(p.device, p.dtype) for name, p in parameters.items()}
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         if half is not None or method == "forward":
             tokens = _forward(call, batch, weights, direction)
         else:
@@ -202,15 +202,3 @@ def _half_precision(model: nn.Module) -> torch.dtype | None:
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return next((p.dtype for p in model.parameters() if p.dtype in _HALF), None)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside: two passes must see the same dropout, none; each module's own mode comes back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gradsift.engine.capture.names import all_parameters
 
-__all__ = ["eager", "frozen", "inputs_require_grad", "same_randomness"]
+__all__ = ["eager", "evaluating", "frozen", "inputs_require_grad", "same_randomness"]
 
 
 @contextmanager
@@ -74,3 +74,15 @@ def same_randomness(model: nn.Module) -> Iterator[None]:
     else:
         with torch.random.fork_rng(devices=[device.index or 0], device_type=device.type):
             yield
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """eval() for a while, so that passes see the same dropout, none; then every module gets its own mode back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

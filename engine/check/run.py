@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from gradsift.engine.capture.capture import LossFunction
-from gradsift.engine.capture.frozen import eager
+from gradsift.engine.capture.frozen import eager, evaluating
 from gradsift.engine.capture.maps import Modules, uncovered_shares
 from gradsift.engine.check import loss as check_loss
 from gradsift.engine.check import model as check_model
@@ -22,7 +22,6 @@ from gradsift.engine.check.batches import Batch, segments_of, take, without_padd
 from gradsift.engine.check.case import BlockedError, Case
 from gradsift.engine.check.parts import kind_of
 from gradsift.engine.check.report import KindRow, Report, Result
-from gradsift.engine.extraction.passes import evaluating
 from gradsift.engine.losses import language_model
 from gradsift.kernels.errors import DataError, GradsiftError
 from gradsift.kernels.spec import SketchSpec

@@ -15,11 +15,12 @@ import torch
 from torch import nn
 
 from gradsift.engine.capture.capture import Capture, LossFunction
+from gradsift.engine.capture.frozen import evaluating
 from gradsift.engine.capture.maps import Modules
 from gradsift.engine.extraction.batches import Batch, as_batch, expected_rows, shuffles
 from gradsift.engine.extraction.curvature_plan import CurvaturePlan
 from gradsift.engine.extraction.fingerprints import adapter_fingerprint, loss_kind, model_fingerprint
-from gradsift.engine.extraction.passes import Extraction, evaluating
+from gradsift.engine.extraction.passes import Extraction
 from gradsift.engine.extraction.progress import Progress, reporting
 from gradsift.engine.store.format import FORMAT, SIGN, read_description
 from gradsift.engine.store.ids import id_kind, read_ids

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,7 +23,7 @@ from gradsift.engine.store.ids import Id, SeenIds, id_kind, read_ids, seed_of
 from gradsift.engine.store.writer import StoreWriter
 from gradsift.kernels.errors import DataError, StoreError
 
-__all__ = ["Extraction", "evaluating"]
+__all__ = ["Extraction"]
 
 logger = logging.getLogger(__name__)
 
@@ -259,15 +258,3 @@ class _Clock:
         self.computed += computed
         self._tokens += tokens
         self._report(Update(self._stage, rows, self._total, self.computed, self._tokens, self.seconds))
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """eval() for a while; then every module gets its own mode back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
