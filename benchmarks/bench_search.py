@@ -24,6 +24,8 @@ K = 10
 class Setup:
     """Rows in a file that is mapped, as a store's are; both providers read the same pages."""
 
+    mapped = True
+
     def __init__(self, folder: Path) -> None:
         path = folder / "rows.npy"
         mapped = np.lib.format.open_memmap(path, "w+", np.float32, (ROWS, DIM))

@@ -24,8 +24,11 @@ __all__ = ["Best", "RowStore", "scan"]
 _BLOCK_ROWS = 2048
 """Rows of one product at most: enough for full speed."""
 
-_GROUP_ROWS = 16384
-"""Rows whose scores are looked at together at most: so many that looking costs little beside the products."""
+_GROUP_SCORES = 1 << 20
+"""Scores that are looked at together at most: so many that looking costs little beside the products."""
+
+_PEAKS = 64
+"""Runs of rows per answer wanted, whose best rows bound the k-th best from below: few share a run."""
 
 _EXACT_NUMBERS = 1 << 17
 """Numbers of candidates that are held in float64 at a time: 1 MiB, which stays in cache."""
@@ -35,7 +38,10 @@ _OPERAND_ROUNDING = {"highest": 0.0, "high": 2.0**-11, "medium": 2.0**-8}
 
 
 class RowStore(Protocol):
-    """What retrieval needs of a store; ``FeatureStore`` is one."""
+    """What retrieval needs of a store; ``FeatureStore`` is one.
+
+    A store whose blocks take no memory of their own may say so by an attribute ``mapped = True``.
+    """
 
     @property
     def ids(self) -> Any:
@@ -86,9 +92,10 @@ def scan(
         StoreError: a score is not finite.
     """
     search = _Search(directions, k, norms, skip, unit=unit, together=together)
-    # Five float32 and two 8-byte numbers per score, and a copy of the rows where the store makes one.
-    at_once = max(1, memory // (4 * directions.shape[1] + 36 * len(directions)))
-    for start, blocks in _groups(store, int(min(at_once, _GROUP_ROWS))):
+    # Five float32 and two 8-byte numbers per score, and the rows themselves where the store copies them.
+    copied = 0 if getattr(store, "mapped", False) else 4 * directions.shape[1]
+    at_once = min(memory // (copied + 36 * len(directions)), _GROUP_SCORES // len(directions))
+    for start, blocks in _groups(store, max(1, at_once)):
         broken = search.add(start, blocks)
         if broken is not None:
             raise StoreError(
@@ -102,13 +109,14 @@ def _groups(store: RowStore, rows: int) -> Iterator[tuple[int, list[Tensor]]]:
     """Neighbouring blocks, cut to products of a good size, until they hold about this many rows."""
     group: list[Tensor] = []
     start = held = 0
+    size = min(rows, _BLOCK_ROWS)
     for _, whole in store.blocks():
-        for block in whole.split(min(rows, _BLOCK_ROWS)):
-            if group and held + len(block) > rows:
+        for block in [whole] if whole.shape[0] <= size else whole.split(size):
+            if group and held + block.shape[0] > rows:
                 yield start, group
                 start, held, group = start + held, 0, []
             group.append(block)
-            held += len(block)
+            held += block.shape[0]
     if group:
         yield start, group
 
@@ -147,55 +155,55 @@ class _Search:
 
         Most hold nothing new, so what all of them cost is kept to a few operations.
         """
-        score = torch.cat([torch.matmul(self.fast, block.T) for block in blocks], dim=1)
+        sizes = [block.shape[0] for block in blocks]
+        score = torch.empty(len(self.fast), sum(sizes))
+        for block, part in zip(blocks, score.split(sizes, dim=1), strict=True):
+            torch.mm(self.fast, block.T, out=part)
         inside = slice(start, start + score.shape[1])
         slack = self.slack[inside]
         if self.unknown:
-            sizes = torch.cat([torch.linalg.vector_norm(block, dim=1) for block in blocks])
-            slack = torch.where(slack.isnan(), self.gamma * sizes, slack)
+            lengths = torch.cat([torch.linalg.vector_norm(block, dim=1) for block in blocks])
+            slack = torch.where(slack.isnan(), self.gamma * lengths, slack)
         if self.weight is not None:
             score *= self.weight[inside]
         if self.relative is not None:
             score, slack = score * self.relative, slack * self.relative
-        high = score + slack
-        each = high
-        if self.together:
-            high = high.amax(dim=0, keepdim=True)
-        bottom, top = torch.aminmax(each)
-        if not bool(torch.isfinite(top - bottom)):
+        each = score + slack
+        bottom, top = each.amin(dim=1), each.amax(dim=1)  # ten times as fast as aminmax along a dimension
+        if not bool(torch.isfinite(top - bottom).all()):
             return start + int((~torch.isfinite(each)).any(dim=0).nonzero()[0])
-        hit = high.amax(dim=1) >= self.floor
-        if not bool(hit.any()):
-            return None
-        low = score - slack
-        low = low.amax(dim=0, keepdim=True) if self.together else low
-        self._candidates(start, blocks, hit.nonzero()[:, 0], low, high, each)
+        if self.together:
+            top = top.amax(dim=0, keepdim=True)
+        for g in (top >= self.floor).nonzero()[:, 0].tolist():
+            self._candidates(start, blocks, g, each, slack)
         return None
 
-    def _candidates(
-        self, start: int, blocks: list[Tensor], answers: Tensor, low: Tensor, high: Tensor, each: Tensor
-    ) -> None:
-        """Score exactly what may be among the k best of these answers."""
-        allowed = None if self.allowed is None else self.allowed[start : start + high.shape[1]]
-        for g in answers.tolist():
-            floor = self.floor[g]
-            if high.shape[1] >= self.k:
-                sure = low[g] if allowed is None else low[g].where(allowed, -torch.inf)
-                floor = torch.maximum(floor, sure.topk(self.k).values[-1])
-            chosen = high[g] >= floor
-            local = (chosen if allowed is None else chosen & allowed).nonzero()[:, 0]
-            if not len(local):
-                continue
-            if self.together:
-                pair, query = (each[:, local] >= low[0, local]).T.nonzero(as_tuple=True)
-                exact = np.full(len(local), -np.inf)
-                np.maximum.at(exact, pair.numpy(), self._products(blocks, local[pair], query.numpy()))
-            else:
-                exact = self._products(blocks, local, np.full(len(local), g))
-            if self.unit:
-                size = self.norms[start + local.numpy()].astype(np.float64)
-                exact = np.divide(exact, size, out=np.zeros_like(exact), where=size > 0)
-            self._merge(g, exact, start + local.numpy())
+    def _candidates(self, start: int, blocks: list[Tensor], g: int, each: Tensor, slack: Tensor) -> None:
+        """Score exactly what may be among the k best of this answer; ``each`` are the scores plus their slack."""
+        high = each.amax(dim=0) if self.together else each[g]
+        low = (each - 2 * slack).amax(dim=0) if self.together else high - 2 * slack
+        if self.allowed is not None:
+            low = low.where(self.allowed[start : start + len(low)], -torch.inf)
+        floor = self.floor[g]
+        if len(low) >= self.k:  # the k-th best of some rows is at most the k-th best of all
+            width = max(1, len(low) // (_PEAKS * self.k))
+            peaks = low[: len(low) // width * width].view(-1, width).amax(dim=1)
+            floor = torch.maximum(floor, peaks.topk(self.k).values[-1])
+        chosen = high >= floor
+        local = (chosen if self.allowed is None else chosen & low.isfinite()).nonzero()[:, 0]
+        if not len(local):
+            return
+        rows = start + local.numpy()
+        if self.together:
+            pair, query = (each[:, local] >= low[local]).T.nonzero(as_tuple=True)
+            exact = np.full(len(local), -np.inf)
+            np.maximum.at(exact, pair.numpy(), self._products(blocks, local[pair], query.numpy()))
+        else:
+            exact = self._products(blocks, local, np.full(len(local), g))
+        if self.unit:
+            size = self.norms[rows].astype(np.float64)
+            exact = np.divide(exact, size, out=np.zeros_like(exact), where=size > 0)
+        self._merge(g, exact, rows)
 
     def _products(self, blocks: list[Tensor], rows: Tensor, queries: np.ndarray) -> np.ndarray:
         """Float64 inner products of (row, query) pairs; each is summed alone, so its bits depend on nothing else."""

@@ -249,6 +249,11 @@ class FeatureStore:
             for pair in zip(ids.read(self.path, i).tolist(), draws.read(self.path, i).tolist(), strict=True)
         ][:rows]
 
+    @property
+    def mapped(self) -> bool:
+        """Whether ``blocks()`` hands out rows of mapped files: float32 ones; float16 ones are decoded into copies."""
+        return bool(self._column("features").dtype == "float32")
+
     def blocks(self, rows: int | None = None) -> Iterator[tuple[int, Tensor]]:
         """Stream all rows once.
 
