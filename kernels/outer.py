@@ -12,9 +12,9 @@ Source: Charikar et al. 2002 (CountSketch); Kane & Nelson 2014 (SJLT).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from functools import lru_cache, partial
 from itertools import pairwise
 from typing import Any
 
@@ -26,7 +26,7 @@ from gradsift.kernels.hashing import buckets_and_signs, matrix_shape
 from gradsift.kernels.sketch import identity_offset, sketch_dense
 from gradsift.kernels.spec import SketchSpec
 
-__all__ = ["BACKENDS", "sketch_outer", "sketch_outer_reference"]
+__all__ = ["BACKENDS", "Held", "sketch_outer", "sketch_outer_reference"]
 
 BACKENDS = ("auto", "torch", "triton", "triton-atomic")
 
@@ -34,6 +34,32 @@ _CHUNK = 1 << 24
 """Gradient entries that the torch path holds at once: 64 MiB of float32."""
 
 _LOW_PRECISION = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Held:
+    """Gradients that ``sketch_outer`` computed and has not sketched yet, at most 2**24 numbers of them.
+
+    A training step evicts the code of a sketch from the caches before it comes to the next map, so sketching many
+    gradients in a row takes half the time of sketching each as it arrives. The order, so every bit, is the same.
+    """
+
+    def __init__(self) -> None:
+        self._work: list[Callable[[], None]] = []
+        self._numbers = 0
+
+    def add(self, numbers: int, work: Callable[[], None]) -> None:
+        """Do this later; everything so far at once where too much would be held."""
+        self._work.append(work)
+        self._numbers += numbers
+        if self._numbers > _CHUNK:
+            self.release()
+
+    def release(self) -> None:
+        """Do what is left."""
+        work, self._work, self._numbers = self._work, [], 0
+        with torch.no_grad():
+            for do in work:
+                do()
 
 
 def sketch_outer_reference(
@@ -58,6 +84,7 @@ def sketch_outer(
     out: Tensor | None = None,
     sqnorm: Tensor | None = None,
     backend: str = "auto",
+    held: Held | None = None,
 ) -> Tensor:
     """Add the sketch of every example's weight gradient of one linear map.
 
@@ -76,6 +103,7 @@ def sketch_outer(
         sqnorm: shape (n,), float32 or float64; receives ``+= |G_n|^2``, exact: before the sketch.
         backend: "auto" is Triton for GPU tensors and torch elsewhere; "torch"; "triton"; or "triton-atomic",
             which saves a launch and is not bit-reproducible.
+        held: lets the torch path put off the sketch; out and sqnorm are complete after ``held.release()``.
 
     Returns:
         out.
@@ -94,7 +122,7 @@ def sketch_outer(
         return out
     if kind == "torch":
         with torch.no_grad(), _full_precision(x.device.type):
-            _sketch_outer_torch(x, g, offsets, spec, name, shape, out, sqnorm)
+            _sketch_outer_torch(x, g, offsets, spec, name, shape, out, sqnorm, held)
         return out
     from gradsift.kernels.outer_triton import sketch_outer_triton  # here: triton is loaded only when it runs
 
@@ -180,23 +208,22 @@ def _choose(backend: str, x: Tensor, g: Tensor, spec: SketchSpec, out: Tensor) -
     return backend
 
 
-@contextmanager
-def _full_precision(device_type: str) -> Iterator[None]:
-    """Neither autocast nor TF32 nor bfloat16 inside float32 products; the settings are put back."""
-    with ExitStack() as stack:
-        if torch.is_autocast_enabled(device_type):
-            stack.enter_context(torch.autocast(device_type, enabled=False))
-        backend: Any = torch.backends.cuda if device_type == "cuda" else torch.backends.mkldnn
-        products: Any = getattr(backend, "matmul", None)
-        if hasattr(products, "fp32_precision"):
-            before = products.fp32_precision
-            if before not in ("none", "ieee"):
-                products.fp32_precision = "ieee"
-                stack.callback(setattr, products, "fp32_precision", before)
-        elif (mode := torch.get_float32_matmul_precision()) != "highest":  # torch < 2.9
-            torch.set_float32_matmul_precision("highest")
-            stack.callback(torch.set_float32_matmul_precision, mode)
-        yield
+def _full_precision(device_type: str) -> AbstractContextManager[object]:
+    """Entered: neither autocast nor TF32 nor bfloat16 inside float32 products, until it is left."""
+    stack = ExitStack()
+    if torch.is_autocast_enabled(device_type):
+        stack.enter_context(torch.autocast(device_type, enabled=False))
+    backend: Any = torch.backends.cuda if device_type == "cuda" else torch.backends.mkldnn
+    products: Any = getattr(backend, "matmul", None)
+    if hasattr(products, "fp32_precision"):
+        before = products.fp32_precision
+        if before not in ("none", "ieee"):
+            products.fp32_precision = "ieee"
+            stack.callback(setattr, products, "fp32_precision", before)
+    elif (mode := torch.get_float32_matmul_precision()) != "highest":  # torch < 2.9
+        torch.set_float32_matmul_precision("highest")
+        stack.callback(torch.set_float32_matmul_precision, mode)
+    return stack
 
 
 def _sketch_outer_torch(
@@ -208,6 +235,7 @@ def _sketch_outer_torch(
     shape: tuple[int, ...],
     out: Tensor,
     sqnorm: Tensor | None,
+    held: Held | None,
 ) -> None:
     """G by matrix products, a bounded number of examples at a time, then their sketch at once.
 
@@ -229,16 +257,27 @@ def _sketch_outer_torch(
             for i in range(first, last):
                 own = slice(offsets[i], offsets[i + 1])
                 torch.mm(thin[own].t().to(dtype), long[own].to(dtype), out=grad[i - first])
-        if sqnorm is not None:
-            sqnorm[first:last].add_(torch.linalg.vector_norm(grad, dim=(1, 2)).square_())
-        _add_sketch(grad, transposed, spec, name, tuple(shape), out[first:last])
+        norms = None if sqnorm is None else sqnorm[first:last]
+        add = partial(_add_sketch, grad, transposed, spec, name, tuple(shape), out[first:last], norms)
+        if held is None:
+            add()
+        else:
+            held.add(grad.numel(), add)
 
 
 def _add_sketch(
-    grad: Tensor, transposed: bool, spec: SketchSpec, name: str, shape: tuple[int, ...], out: Tensor
+    grad: Tensor,
+    transposed: bool,
+    spec: SketchSpec,
+    name: str,
+    shape: tuple[int, ...],
+    out: Tensor,
+    sqnorm: Tensor | None,
 ) -> None:
     """Sketch gradients (n, thin, long) that nobody else holds: they are overwritten."""
     n, size = grad.shape[0], grad.shape[1] * grad.shape[2]
+    if sqnorm is not None:
+        sqnorm.add_(torch.linalg.vector_norm(grad, dim=(1, 2)).square_())
     if spec.kind == "identity":
         offset = identity_offset(spec, name, shape)
         out[:, offset : offset + size] += (grad.transpose(1, 2) if transposed else grad).reshape(n, size)

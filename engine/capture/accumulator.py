@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gradsift.engine.capture.layout import Layout
 from gradsift.engine.capture.maps import Factor, Map
-from gradsift.kernels.outer import sketch_outer
+from gradsift.kernels.outer import Held, sketch_outer
 from gradsift.kernels.spec import SketchSpec
 
 __all__ = ["Accumulator"]
@@ -29,6 +29,7 @@ class Accumulator:
         self._backend = backend
         self._values: dict[torch.device, Tensor] = {}
         self._squares: dict[torch.device, Tensor] = {}
+        self._held = Held()
         self._seen: set[int] = set()
         self._norms_known = True
 
@@ -59,16 +60,19 @@ class Accumulator:
             out=self._values[device],
             sqnorm=self._squares[device],
             backend=self._backend,
+            held=self._held,
         )
 
     @property
     def values(self) -> Tensor:
         """float32, shape (n, dim), on the device of the first map that reported; zeros when every map was idle."""
+        self._held.release()
         return _total(list(self._values.values()) or [torch.zeros(self._layout.n or 0, self._spec.dim)])
 
     @property
     def grad_norm(self) -> Tensor:
         """float32, shape (n,)."""
+        self._held.release()
         norm = _total(list(self._squares.values()) or [torch.zeros(self._layout.n or 0)]).sqrt()
         return norm if self._norms_known else torch.full_like(norm, torch.nan)
 
