@@ -10,10 +10,13 @@ from gradsift.kernels.errors import MissingExtraError
 __all__ = ["require"]
 
 _EXTRA = {
+    "PIL": "diffusion",
     "datasets": "hf",
+    "diffusers": "diffusion",
     "gguf": "hf",
     "matplotlib": "plot",
     "peft": "hf",
+    "sklearn": "diffusion",
     "transformers": "hf",
 }
 
