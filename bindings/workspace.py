@@ -146,6 +146,7 @@ class Workspace:
             torch.cat([part.grad_norm for part in parts]),
             parts[0].spec,
             parts[0].table,
+            parts[0].loss_kind,
         )
 
     def index(self, row: int) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gradsift.engine.capture.accumulator import Accumulator
 from gradsift.engine.capture.capture import Capture, LossFunction
-from gradsift.engine.capture.frozen import frozen
+from gradsift.engine.capture.frozen import frozen, same_randomness
 from gradsift.engine.capture.layout import BatchAxis, Layout, make_layout
 from gradsift.engine.capture.maps import Factor, Map
 from gradsift.kernels.sketch import sketch_dense
@@ -115,10 +115,7 @@ def relative(got: Tensor, expected: Tensor) -> Tensor:
 @contextmanager
 def repeatable(model: nn.Module, seed: int = 0) -> Iterator[None]:
     """Every pass inside draws the same random numbers, and none of the caller's are used up."""
-    device = next((p.device for p in model.parameters() if p.device.type != "cpu"), None)
-    with torch.random.fork_rng(
-        devices=[] if device is None else [device.index or 0], device_type="cuda" if device is None else device.type
-    ):
+    with same_randomness(model):
         torch.manual_seed(seed)
         yield
 
