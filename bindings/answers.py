@@ -97,6 +97,9 @@ class Asker:
                 console.print(self._table(console, answer, query, whole))
         console.print()
         console.print(LEGEND, highlight=False)
+        if not self._exact and answers[0].top.scorer == "fisher":
+            note = "colours are shares of the plain inner product, without the curvature of the scores: --exact colours those"
+            console.print(note, style="dim", highlight=False)
 
     def to_json(self, answers: Sequence[Answer]) -> dict[str, Any]:
         """The same as plain values."""
