@@ -98,7 +98,7 @@ class Asker:
         console.print()
         console.print(LEGEND, highlight=False)
         if not self._exact and answers[0].top.scorer == "fisher":
-            note = "colours are shares of the plain inner product, without the curvature of the scores: --exact colours those"
+            note = "colours are shares of the plain inner product, without the scores' curvature: --exact has it"
             console.print(note, style="dim", highlight=False)
 
     def to_json(self, answers: Sequence[Answer]) -> dict[str, Any]:
