@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from gradsift.engine.losses.counter import counter_uniform
 from gradsift.kernels.errors import DataError, ShapeError
 
-__all__ = ["IGNORE", "LanguageModelLoss", "counter_uniform", "language_model"]
+__all__ = ["IGNORE", "LanguageModelLoss", "language_model"]
 
 IGNORE = -100
 """The label of a token that carries no loss."""
@@ -120,30 +121,6 @@ class LanguageModelLoss:
 
 language_model = LanguageModelLoss()
 """The loss to pass as ``loss_fn`` for any causal or encoder-decoder language model."""
-
-
-def counter_uniform(seeds: np.ndarray, counters: np.ndarray) -> np.ndarray:
-    """One uniform number in [0, 1) for each (seed, counter), by a 64-bit mix of both and nothing else.
-
-    Args:
-        seeds: integers, taken modulo 2**64.
-        counters: non-negative integers, of a shape that broadcasts with ``seeds``.
-
-    Returns:
-        float64, 53 random bits each.
-
-    Source: Steele et al. 2014 (SplitMix64).
-    """
-    golden = np.uint64(0x9E3779B97F4A7C15)
-    bits = _mix64(_mix64(seeds.astype(np.uint64)) + counters.astype(np.uint64) * golden)
-    return np.asarray((bits >> np.uint64(11)) * 2.0**-53)
-
-
-def _mix64(x: np.ndarray) -> np.ndarray:
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return np.asarray(x ^ (x >> np.uint64(31)))
 
 
 def _predictions(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, np.ndarray | None]:
