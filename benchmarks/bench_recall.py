@@ -22,7 +22,7 @@ from gradsift.engine.answers.fisher import Fisher
 from gradsift.engine.answers.precondition import precondition
 from gradsift.engine.losses import language_model
 
-RECORDS, QUERIES, SAMPLE = (3000, 32, 300) if FULL else (120, 2, 20)
+RECORDS, QUERIES, SAMPLE = (3000, 16, 300) if FULL else (120, 2, 20)
 DIMS = (512, 1024, 4096) if FULL else (512, 1024)
 LISTS = (30, 100, 300) if FULL else (30,)
 K = 10

@@ -4,7 +4,7 @@
     python benchmarks/run.py --full      # the printed figures; give it an idle machine
     python benchmarks/run.py --full -k step
 
-A row is keyed by case, provider and machine: a rerun replaces it.
+A row is keyed by case, provider and machine: a rerun replaces it, so the full table may be made in parts.
 """
 
 from __future__ import annotations
@@ -23,11 +23,18 @@ from typing import Any
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "benchmarks.csv"
+FACTS = HERE / "results" / "facts.csv"
 README = HERE.parent / "README.md"
 BEGIN, END = "<!-- benchmarks: written by `make bench` -->", "<!-- end of benchmarks -->"
 KEY = ("case", "provider", "machine")
 MEASURED = ("baseline", "median_ms", "ratio", "ratio_spread")
 FIELDS = (*KEY, *MEASURED, "commit", "torch", "triton")
+FACT_KEY = ("benchmark", "number", "machine")
+FACT_FIELDS = (*FACT_KEY, "fact", "commit", "torch", "triton")
+NOT_IN_README = "primitive: "
+"""Cases that only docs/performance.md speaks of."""
+
+Row = dict[str, Any]
 
 
 def main() -> int:
@@ -36,14 +43,14 @@ def main() -> int:
     parser.add_argument("-k", default="", help="only benchmarks whose name matches, as in pytest")
     options = parser.parse_args()
     rows, facts, failed = run(options.full, options.k)
-    print(table(rows, facts))
-    if options.full and rows:
-        keep(rows)
-        write_readme(rows, facts)
+    print(table(rows, [fact["fact"] for fact in facts]))
+    if options.full and rows + facts:
+        where = {"machine": machine(), "commit": commit(), "torch": _version("torch"), "triton": _version("triton")}
+        write_readme(keep(RESULTS, FIELDS, KEY, rows, where), keep(FACTS, FACT_FIELDS, FACT_KEY, facts, where))
     return failed
 
 
-def run(full: bool, match: str) -> tuple[list[dict[str, Any]], list[str], int]:
+def run(full: bool, match: str) -> tuple[list[Row], list[Row], int]:
     """Rows of all benchmarks, other figures in words, and pytest's exit status."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "benchmarks.json"
@@ -59,11 +66,15 @@ def run(full: bool, match: str) -> tuple[list[dict[str, Any]], list[str], int]:
         failed = subprocess.run(command, env=environment, stdout=sys.stderr, check=False).returncode
         results = json.loads(path.read_text())["benchmarks"] if path.exists() and path.stat().st_size else []
     rows = [row for result in results for row in result["extra_info"].get("rows", [])]
-    facts = [fact for result in results for fact in result["extra_info"].get("facts", [])]
+    facts = [
+        {"benchmark": result["name"], "number": number, "fact": fact}
+        for result in results
+        for number, fact in enumerate(result["extra_info"].get("facts", []))
+    ]
     return rows, facts, failed
 
 
-def table(rows: list[dict[str, Any]], facts: list[str]) -> str:
+def table(rows: list[Row], facts: list[str]) -> str:
     """Markdown: a section per case, then the figures that are not times."""
     lines: list[str] = []
     for case in dict.fromkeys(row["case"] for row in rows):
@@ -71,7 +82,8 @@ def table(rows: list[dict[str, Any]], facts: list[str]) -> str:
         lines += [f"**{case}**", "", f"| | median | over {group[0]['baseline']} |", "|---|---|---|"]
         for row in group:
             name = "the same again (A/A)" if row["provider"] == "A/A" else row["provider"]
-            lines.append(f"| {name} | {_time(row['median_ms'])} | {row['ratio']:.2f} ± {row['ratio_spread']:.2f} |")
+            median, ratio, spread = (float(row[k]) for k in ("median_ms", "ratio", "ratio_spread"))
+            lines.append(f"| {name} | {_time(median)} | {ratio:.2f} ± {spread:.2f} |")
         lines.append("")
     lines += [f"- {fact}" for fact in facts]
     lines += [
@@ -81,29 +93,32 @@ def table(rows: list[dict[str, Any]], facts: list[str]) -> str:
     return "\n".join(lines)
 
 
-def keep(rows: list[dict[str, Any]]) -> None:
-    """Merge into the CSV: a rerun replaces its rows."""
-    where = {"machine": machine(), "commit": commit(), "torch": _version("torch"), "triton": _version("triton")}
-    fresh = [{**{k: _round(row[k]) for k in ("case", "provider", *MEASURED)}, **where} for row in rows]
-    known: dict[tuple[str, ...], dict[str, Any]] = {}
-    if RESULTS.exists():
-        with RESULTS.open(newline="") as file:
-            known = {tuple(row[k] for k in KEY): row for row in csv.DictReader(file)}
-    known.update({tuple(str(row[k]) for k in KEY): row for row in fresh})
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+def keep(path: Path, fields: tuple[str, ...], key: tuple[str, ...], rows: list[Row], where: Row) -> list[Row]:
+    """Merge into a CSV, where a rerun replaces its rows; returns all rows of this machine."""
+    known: dict[tuple[str, ...], Row] = {}
+    if path.exists():
+        with path.open(newline="") as file:
+            known = {tuple(row[k] for k in key): row for row in csv.DictReader(file)}
+    for row in rows:
+        fresh = {k: _round(v) for k, v in {**row, **where}.items()}
+        known[tuple(str(fresh[k]) for k in key)] = fresh
+    path.parent.mkdir(exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fields, lineterminator="\n")
         writer.writeheader()
         writer.writerows(known.values())
+    return [row for row in known.values() if row["machine"] == where["machine"]]
 
 
-def write_readme(rows: list[dict[str, Any]], facts: list[str]) -> None:
-    """Replace the table between the markers; a partial run leaves it alone."""
+def write_readme(rows: list[Row], facts: list[Row]) -> None:
+    """Replace the table between the markers by what was kept of this machine."""
     text = README.read_text()
-    if BEGIN not in text or "-k" in sys.argv:
+    if BEGIN not in text:
         return
+    shown = [row for row in rows if not row["case"].startswith(NOT_IN_README)]
     head, rest = text.split(BEGIN, 1)
-    README.write_text(f"{head}{BEGIN}\n{table(rows, facts)}\n{END}{rest.split(END, 1)[1]}")
+    body = table(shown, [fact["fact"] for fact in facts])
+    README.write_text(f"{head}{BEGIN}\n{body}\n{END}{rest.split(END, 1)[1]}")
 
 
 def machine() -> str:
