@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from torch import Tensor
 
+from gradsift.kernels.errors import ShapeError
 from gradsift.kernels.spec import SketchSpec
 
 __all__ = ["Features", "TableRow", "table_difference"]
@@ -26,10 +27,10 @@ class Features:
     """Sketched gradients of a batch.
 
     Attributes:
-        values: float32, shape (n, dim).
+        values: float32, shape (n, dim); (n, parts, dim) after ``fold``.
         loss: float32, shape (n,); None under a tap, which does not see losses.
-        grad_norm: float32, shape (n,): the exact norm of each example's gradient before sketching; NaN where it is
-            not known (a parameter used in several backward passes).
+        grad_norm: float32, shape (n,), or (n, parts): the exact norm of each gradient before sketching; NaN where it
+            is not known (a parameter used in several backward passes).
         spec: the projection.
         table: the captured parameters.
         loss_kind: the ``kind`` that the loss declares, compared with a store's; None when it declares none or is not
@@ -42,6 +43,33 @@ class Features:
     spec: SketchSpec
     table: tuple[TableRow, ...]
     loss_kind: str | None = None
+
+    def fold(self, parts: int) -> Features:
+        """One row per example, as a store with parts holds it, of a loss that gives one row per example and part.
+
+        Args:
+            parts: how many the loss keeps apart, ``len(loss.parts)``; rows lie example by example.
+
+        Returns:
+            values (n, parts, dim) and grad_norm (n, parts); losses are summed over the parts. With one part nothing
+            changes.
+
+        Raises:
+            ShapeError: the rows are not that many per example.
+        """
+        if parts == 1:
+            return self
+        if self.values.ndim != 2 or parts < 1 or len(self.values) % parts:
+            raise ShapeError(
+                f"features have shape {tuple(self.values.shape)}, expected {parts} rows per example: "
+                "capture them with the loss that keeps its parts apart"
+            )
+        return replace(
+            self,
+            values=self.values.unflatten(0, (-1, parts)),
+            grad_norm=self.grad_norm.unflatten(0, (-1, parts)),
+            loss=None if self.loss is None else self.loss.unflatten(0, (-1, parts)).sum(dim=1),
+        )
 
 
 def table_difference(got: Sequence[TableRow], expected: Sequence[TableRow]) -> str | None:
