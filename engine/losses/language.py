@@ -7,7 +7,7 @@ engine uses when it is there: ``token_losses``, ``loss_tokens``, ``sampled`` and
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gradsift.engine.losses.counter import counter_uniform
+from gradsift.engine.losses.inside import find_inside
 from gradsift.kernels.errors import DataError, ShapeError
 
 __all__ = ["IGNORE", "LanguageModelLoss", "language_model"]
@@ -160,7 +161,7 @@ def _predictions(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Te
 
 def _shifted_right(model: nn.Module, labels: Tensor) -> Tensor:
     """What an encoder-decoder's decoder reads to predict these labels."""
-    prepare = _find(model, lambda m: getattr(m, "prepare_decoder_input_ids_from_labels", None))
+    prepare = find_inside(model, lambda m: getattr(m, "prepare_decoder_input_ids_from_labels", None))
     if prepare is None:
         raise DataError(f"{type(model).__name__} cannot make decoder_input_ids from labels: put them in the batch")
     return prepare(labels)  # type: ignore[no-any-return]
@@ -315,24 +316,10 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _is_encoder_decoder(model: nn.Module) -> bool:
-    config = _find(model, lambda m: getattr(m, "config", None))
+    config = find_inside(model, lambda m: getattr(m, "config", None))
     return bool(getattr(config, "is_encoder_decoder", False))
 
 
 def _takes(model: nn.Module, argument: str) -> bool:
-    """Whether the innermost model's forward names this argument: wrappers only say **kwargs."""
-    return bool(_find(model, lambda m: argument in inspect.signature(m.forward).parameters))
-
-
-def _find(model: Any, what: Callable[[Any], Any]) -> Any:
-    """The first true answer along model, its wrapped model (DDP, compile, PEFT), and so on inwards."""
-    seen: set[int] = set()
-    while isinstance(model, nn.Module) and id(model) not in seen:
-        answer = what(model)
-        if answer:
-            return answer
-        seen.add(id(model))
-        inner = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
-        get_base = getattr(model, "get_base_model", None)
-        model = inner or (get_base() if callable(get_base) else None)
-    return None
+    """Whether a forward names this argument: wrappers only say **kwargs."""
+    return bool(find_inside(model, lambda m: argument in inspect.signature(m.forward).parameters))
