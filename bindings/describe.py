@@ -17,7 +17,8 @@ __all__ = ["describe", "print_info", "print_survey"]
 
 def describe(store: FeatureStore) -> dict[str, Any]:
     """The facts of a store as plain values."""
-    norms = np.asarray(store.grad_norm, dtype=np.float64)
+    norms = np.asarray(store.grad_norm, dtype=np.float64).reshape(len(store), len(store.parts))
+    quantiles = np.nanquantile(norms, [0.05, 0.5, 0.95], axis=0).T.tolist() if len(norms) else []
     loss = np.asarray(store.loss, dtype=np.float64)
     tokens = None if store.loss_tokens is None else int(store.loss_tokens.sum())
     curvature = store.metadata.get("curvature") or {}
@@ -34,7 +35,11 @@ def describe(store: FeatureStore) -> dict[str, Any]:
         "loss_kind": store.metadata["loss"]["kind"],
         "loss_tokens": tokens,
         "mean_loss": float(loss.sum() / (tokens or len(loss))) if len(loss) else None,
-        "grad_norm": [float(q) for q in np.nanquantile(norms, [0.05, 0.5, 0.95])] if len(norms) else None,
+        "grad_norm": quantiles[0] if len(quantiles) == 1 else None,
+        "parts": [
+            {"timestep": part["timestep"], "grad_norm": norm}
+            for part, norm in zip(store.parts, quantiles, strict=False)
+        ],
         "bytes": sum(file.stat().st_size for file in store.path.rglob("*") if file.is_file()),
         "notes": store.metadata.get("notes") or {},
     }
@@ -62,8 +67,10 @@ def print_info(console: Console, store: FeatureStore, verified: bool) -> None:
     if found["mean_loss"] is not None:
         unit = "token" if found["loss_tokens"] is not None else "example"
         pairs.append(("mean loss", f"{found['mean_loss']:.3f} per {unit}"))
-        low, middle, high = found["grad_norm"]
-        pairs.append(("gradient norm", f"{middle:.3g} (5 % below {low:.3g}, 5 % above {high:.3g})"))
+    for part in found["parts"]:
+        low, middle, high = part["grad_norm"]
+        where = "" if part["timestep"] is None else f" at timestep {part['timestep']:g}"
+        pairs.append((f"gradient norm{where}", f"{middle:.3g} (5 % below {low:.3g}, 5 % above {high:.3g})"))
     facts(console, [(name, value) for name, value in pairs if value is not None])
 
 

@@ -59,8 +59,8 @@ def _rows(batch: Any) -> int | None:
         return len(batch["ids"])
     if batch.get("segments") is not None:
         return len(batch["segments"]) - 1
-    tokens = batch.get("input_ids")
-    return len(tokens) if isinstance(tokens, Tensor) else None
+    rows = batch.get("input_ids", batch.get("latents"))
+    return len(rows) if isinstance(rows, Tensor) else None
 
 
 def tokens_in(batch: Batch) -> int:

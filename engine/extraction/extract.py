@@ -20,7 +20,7 @@ from gradsift.engine.capture.maps import Modules
 from gradsift.engine.extraction.batches import Batch, as_batch, expected_rows, shuffles
 from gradsift.engine.extraction.curvature_plan import CurvaturePlan
 from gradsift.engine.extraction.fingerprints import adapter_fingerprint, loss_kind, model_fingerprint
-from gradsift.engine.extraction.passes import Extraction
+from gradsift.engine.extraction.passes import Extraction, parts_of
 from gradsift.engine.extraction.progress import Progress, reporting
 from gradsift.engine.store.format import FORMAT, SIGN, read_description
 from gradsift.engine.store.ids import id_kind, read_ids
@@ -72,7 +72,9 @@ def extract(
             are the offsets of examples that are packed in one row. ``loader.rows``, if it has that, is their number.
         loss_fn: ``loss_fn(model, batch)`` -> (n,), one loss per example. Used when it has them:
             ``loss_tokens(batch)`` -> (n,), ``kind``, and ``sampled(model, batch, seeds)`` -> (n,), without which
-            there is no curvature sample.
+            there is no curvature sample; ``settings``, JSON from which it can be made again, kept in the store; and
+            ``parts``, a mapping for each of K parts that are to be kept apart (their ``timestep`` is stored): its
+            losses and those of ``sampled`` are then (n * K,), example-major, and rows are (n, K, dim).
         path: a folder that is absent, empty, or holds an earlier run of this call.
         spec: the projection, ``SketchSpec()`` unless given.
         modules: what to capture, see ``Capture``.
@@ -112,9 +114,14 @@ def extract(
             raise DataError("the loader gave no batch: there is nothing to extract")
         total = expected_rows(loader)
         sampling = curvature > 0 and hasattr(loss_fn, "sampled")
+        parts = parts_of(loss_fn)
         description = {
             **_about(capture, loss_fn),
-            "block": block or (old or {}).get("block") or _block_rows(capture.spec.dim, dtype, total),
+            "parts": [
+                {"checkpoint": None, "group": None, "timestep": None, "dim": capture.spec.dim, "norm": "exact", **part}
+                for part in parts
+            ],
+            "block": block or (old or {}).get("block") or _block_rows(capture.spec.dim * len(parts), dtype, total),
             "dtype": dtype,
             "ids": id_kind(read_ids(as_batch(first))),
             "curvature": {"requested": curvature, "rows": None} if sampling else None,
@@ -146,9 +153,12 @@ def _about(capture: Capture, loss_fn: LossFunction) -> dict[str, Any]:
         "rows": None,
         "spec": json.loads(capture.spec.to_json()),
         "table": [{"name": row.name, "shape": list(row.shape), "scale": row.scale} for row in capture.table],
-        "parts": [{"checkpoint": None, "group": None, "timestep": None, "dim": capture.spec.dim, "norm": "exact"}],
         "preconditioner": None,
-        "loss": {"kind": loss_kind(loss_fn), "tokens": hasattr(loss_fn, "loss_tokens")},
+        "loss": {
+            "kind": loss_kind(loss_fn),
+            "tokens": hasattr(loss_fn, "loss_tokens"),
+            "settings": getattr(loss_fn, "settings", None),
+        },
         "fingerprints": {
             "model": model_fingerprint(capture.model, list(captured.values())),
             "adapter": adapter_fingerprint(captured),
@@ -158,8 +168,9 @@ def _about(capture: Capture, loss_fn: LossFunction) -> dict[str, Any]:
     }
 
 
-def _block_rows(dim: int, dtype: str, total: int | None) -> int:
-    rows = max(1, _BLOCK_BYTES // (dim * (4 if dtype == "float32" else 2)))
+def _block_rows(numbers: int, dtype: str, total: int | None) -> int:
+    """Examples per block, for that many numbers per example."""
+    rows = max(1, _BLOCK_BYTES // (numbers * (4 if dtype == "float32" else 2)))
     if total is not None:
         rows = min(rows, max(_SMALLEST_BLOCK, -(-total // _SHARE)))
     return rows

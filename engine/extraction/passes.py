@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from gradsift.engine.capture.capture import Capture, LossFunction
 from gradsift.engine.capture.features import Features
@@ -23,9 +23,15 @@ from gradsift.engine.store.ids import Id, SeenIds, id_kind, read_ids, seed_of
 from gradsift.engine.store.writer import StoreWriter
 from gradsift.kernels.errors import DataError, StoreError
 
-__all__ = ["Extraction"]
+__all__ = ["Extraction", "parts_of"]
 
 logger = logging.getLogger(__name__)
+
+
+def parts_of(loss_fn: LossFunction) -> Sequence[Mapping[str, Any]]:
+    """What a loss says of the parts that it keeps apart; one part, of which nothing is to be said, when it does not."""
+    parts: Sequence[Mapping[str, Any]] | None = getattr(loss_fn, "parts", None)
+    return ({},) if parts is None else parts
 
 
 class _Stored(NamedTuple):
@@ -125,15 +131,14 @@ class Extraction:
         return total
 
     def _write(self, writer: BlockWriter, batch: Batch, ids: list[Id] | None, first: int, digest: bytes) -> int:
-        features = self.capture(batch, self.loss_fn, batch.get("segments"), self.batch_axis)
+        features = self._capture(batch, self.loss_fn)
         n = len(features.values)
         names = self._names(ids, first, n)
-        assert features.loss is not None
-        loss = features.loss.detach().float().cpu().numpy()
+        loss = _numbers(features.loss)
         rows: dict[str, Any] = {
-            **self._finite(features, loss, names),
+            **self._finite(features, names),
             "loss": loss,
-            "grad_norm": features.grad_norm.float().cpu().numpy()[:, None],
+            "grad_norm": _numbers(features.grad_norm),
             "ids": names,
             "batch_hash": np.broadcast_to(np.frombuffer(digest, np.uint8), (n, 16)),
             "batch_rows": np.full(n, n, dtype=np.int32),
@@ -149,19 +154,22 @@ class Extraction:
 
     def _write_labels(self, writer: BlockWriter, batch: Batch, ids: list[Id], row: int, n: int, draw: int) -> None:
         seeds = [seed_of(self.capture.spec.seed, example, draw) for example in ids]
-
-        def sampled(model: nn.Module, batch: Batch) -> Any:
-            return getattr(self.loss_fn, "sampled")(model, batch, seeds)  # noqa: B009
-
-        features = self.capture(batch, sampled, batch.get("segments"), self.batch_axis)
-        assert features.loss is not None
-        rows = self._finite(features, features.loss.detach().float().cpu().numpy(), ids)
+        rows = self._finite(self._capture(batch, _Sampled(self.loss_fn, seeds)), ids)
         columns: dict[str, Any] = {
             **{f"curvature/{name}": values[:n] for name, values in rows.items()},
             "curvature/ids": ids[:n],
             "curvature/draw": np.full(n, draw, dtype=np.int32),
         }
         writer.append(row, columns)
+
+    def _capture(self, batch: Batch, loss_fn: LossFunction) -> Features:
+        """Features of values (n, parts, dim) and norms (n, parts)."""
+        parts = len(parts_of(self.loss_fn))
+        features = self.capture(batch, loss_fn, batch.get("segments"), self.batch_axis).fold(parts)
+        n, dim = len(features.values), features.values.shape[-1]
+        return replace(
+            features, values=features.values.view(n, parts, dim), grad_norm=features.grad_norm.view(n, parts)
+        )
 
     def _ids(self, batch: Batch) -> list[Id] | None:
         ids = read_ids(batch)
@@ -182,9 +190,9 @@ class Extraction:
             raise DataError(f"a batch has {len(ids)} ids but the loss gave {n} examples: give one id for each")
         return ids
 
-    def _finite(self, features: Features, loss: np.ndarray, ids: list[Id]) -> dict[str, np.ndarray]:
-        values = features.values.float().cpu().numpy()
-        good = np.isfinite(values).all(axis=1) & np.isfinite(loss)
+    def _finite(self, features: Features, ids: list[Id]) -> dict[str, np.ndarray]:
+        values, loss = _numbers(features.values), _numbers(features.loss)
+        good = np.isfinite(values).all(axis=(1, 2)) & np.isfinite(loss)
         if not good.all():
             i = int(np.flatnonzero(~good)[0])
             what = "a gradient that is not finite" if np.isfinite(loss[i]) else f"a loss of {loss[i]}"
@@ -192,7 +200,6 @@ class Extraction:
                 f"example {ids[i]!r} has {what}: repair it or take it out of the data; "
                 "the blocks before it are safe and the same command goes on from there"
             )
-        values = values[:, None]
         if self.store.description["dtype"] == "float32":
             return {"features": values}
         half, scale = to_half(values)
@@ -207,6 +214,25 @@ class Extraction:
         return (
             f"batch {number} (rows {first} to {first + rows - 1}) is not what {self.store.root} was made from: {advice}"
         )
+
+
+def _numbers(values: Tensor | None) -> np.ndarray:
+    assert values is not None
+    return values.detach().float().cpu().numpy()
+
+
+class _Sampled:
+    """The loss of labels drawn from the model, as a loss: what else the loss says of its rows holds for them too."""
+
+    def __init__(self, loss_fn: LossFunction, seeds: Sequence[int]) -> None:
+        self._loss_fn = loss_fn
+        self._seeds = seeds
+        if hasattr(loss_fn, "owners"):
+            self.owners = loss_fn.owners
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
+        sampled: Tensor = getattr(self._loss_fn, "sampled")(model, batch, self._seeds)  # noqa: B009
+        return sampled
 
 
 class _Memo:

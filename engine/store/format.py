@@ -2,7 +2,7 @@
 
 zarr.json                   group; attributes["gradsift"] is the description below
 features   (n, parts, dim)  float32 or float16        scale (n, parts)   float32, with float16 only
-loss       (n,)  float32                              grad_norm (n, parts)  float32
+loss       (n,)  float32, summed over parts           grad_norm (n, parts)  float32
 loss_tokens (n,) int64, when the loss counts them     ids   (n,)  string, or int64
 batch_hash (n, 16) uint8    content hash of the batch that a row came in
 batch_rows (n,)  int32      rows of that batch
@@ -136,6 +136,7 @@ _COMPARED = (
     ("loss_tokens", ("loss", "tokens")),
     ("the base model's fingerprint", ("fingerprints", "model")),
     ("the adapter's fingerprint", ("fingerprints", "adapter")),
+    ("what the parts are", ("parts",)),
     ("dtype", ("dtype",)),
     ("block", ("block",)),
     ("the ids' type", ("ids",)),

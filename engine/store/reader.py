@@ -157,6 +157,7 @@ class FeatureStore:
         metadata: the description in the root's attributes.
         spec: the projection.
         table: the captured parameters.
+        parts: what each part of a row is, such as ``{"timestep": 125, ...}``; one of them for most losses.
         complete: whether the extraction came to its end.
     """
 
@@ -165,6 +166,7 @@ class FeatureStore:
         self.metadata = metadata
         self.spec = SketchSpec.from_json(json.dumps(metadata["spec"]))
         self.table: tuple[TableRow, ...] = table_from(metadata["table"])
+        self.parts: tuple[dict[str, Any], ...] = tuple(metadata["parts"])
         self.complete = bool(metadata["complete"])
         self._rows = rows
         self._group = example_columns(metadata)
@@ -203,7 +205,7 @@ class FeatureStore:
 
     @cached_property
     def features(self) -> FeatureArray:
-        """The sketched gradients, shape (n, dim)."""
+        """The sketched gradients, shape (n, dim), or (n, parts, dim) for several parts."""
         return FeatureArray(self.path, self._group, "", self._rows)
 
     @cached_property
@@ -213,7 +215,7 @@ class FeatureStore:
 
     @cached_property
     def loss(self) -> np.ndarray:
-        """Loss of each example, float32 of shape (n,)."""
+        """Loss of each example, summed over its parts, float32 of shape (n,)."""
         return self._read("loss")
 
     @cached_property
@@ -229,7 +231,10 @@ class FeatureStore:
 
     @cached_property
     def curvature(self) -> Tensor | None:
-        """Sketched gradients of labels sampled from the model, float32 of shape (N, dim); None when there are none."""
+        """Sketched gradients of labels sampled from the model; None when there are none.
+
+        float32, shape (N, dim), or (N, parts, dim) for several parts.
+        """
         rows = (self.metadata["curvature"] or {}).get("rows")
         if not rows:
             return None
@@ -261,8 +266,8 @@ class FeatureStore:
             rows: rows at a time; the store's own blocks unless given, which are mapped and not copied.
 
         Yields:
-            first row, and float32 of shape (rows, dim); the last one may have fewer. Writing to it is
-            allowed and changes nothing on disk.
+            first row, and float32 of shape (rows, dim), or (rows, parts, dim) for several parts; the last one may
+            have fewer. Writing to it is allowed and changes nothing on disk.
         """
         step = rows or int(self.metadata["block"])
         for start in range(0, self._rows, step):
