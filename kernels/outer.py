@@ -1,8 +1,9 @@
-"""Per-example weight gradients of one linear map, sketched: out[n] += S vec(sum_t g_t x_t^T).
+"""Per-example gradients of one parameter, sketched: out[n] += S vec(sum_t g_t x_t^T).
 
 With x (tokens, q), g (tokens, p) and example n owning the tokens segments[n]..segments[n + 1], the gradient
-of the parameter W (p, q) in y = x W^T is G_n = sum_t g_t x_t^T. No backend holds more than a bounded number
-of G_n at once (torch up to 64 MiB of them or one, Triton up to 32 MiB or one).
+of the parameter W (p, q) in y = x W^T is G_n = sum_t g_t x_t^T; the tokens of a convolution are its patches
+(``images``). No backend holds more than a bounded number of G_n at once (torch up to 64 MiB of them or one, Triton
+up to 32 MiB or one).
 
 Accumulation: float32 (float64 for float64 operands), never TF32 or bfloat16, also inside autocast.
 Determinism: on the CPU the same call gives the same bits at the same thread count; on a GPU the default
@@ -23,10 +24,11 @@ from torch import Tensor
 
 from gradsift.kernels.errors import BackendError, ShapeError
 from gradsift.kernels.hashing import buckets_and_signs, matrix_shape
+from gradsift.kernels.operands import Operands, Tokens, words
 from gradsift.kernels.sketch import identity_offset, sketch_dense
 from gradsift.kernels.spec import SketchSpec
 
-__all__ = ["BACKENDS", "Held", "sketch_outer", "sketch_outer_reference"]
+__all__ = ["BACKENDS", "Held", "sketch_operands", "sketch_outer", "sketch_outer_reference"]
 
 BACKENDS = ("auto", "torch", "triton", "triton-atomic")
 
@@ -112,97 +114,66 @@ def sketch_outer(
         ShapeError: operands, segments, shape, out or sqnorm do not fit each other.
         BackendError: the backend named cannot run these tensors here.
     """
-    x, g, offsets = _validate(x, g, segments, name, shape)
-    n = x.shape[0] if offsets is None else len(offsets) - 1
+    operands = Tokens(x, g, segments, name, shape)
+    return sketch_operands(operands, spec, name=name, shape=shape, out=out, sqnorm=sqnorm, backend=backend, held=held)
+
+
+def sketch_operands(
+    operands: Operands,
+    spec: SketchSpec,
+    *,
+    name: str,
+    shape: tuple[int, ...],
+    out: Tensor | None = None,
+    sqnorm: Tensor | None = None,
+    backend: str = "auto",
+    held: Held | None = None,
+) -> Tensor:
+    """Add the sketch of every example's gradient of one parameter; as ``sketch_outer``, for operands of any map."""
+    n, device = operands.n, operands.device
     if out is None:
-        out = torch.zeros(n, spec.dim, dtype=torch.float32, device=x.device)
-    _validate_outputs(out, sqnorm, n, spec, name, x.device)
-    kind = _choose(backend, x, g, spec, out)
-    if n == 0 or x.numel() == 0 or g.numel() == 0:
+        out = torch.zeros(n, spec.dim, dtype=torch.float32, device=device)
+    _validate_outputs(out, sqnorm, n, spec, name, device)
+    kind = _choose(backend, operands, spec, out)
+    if n == 0 or operands.empty:
         return out
     if kind == "torch":
-        with torch.no_grad(), _full_precision(x.device.type):
-            _sketch_outer_torch(x, g, offsets, spec, name, shape, out, sqnorm, held)
+        with torch.no_grad(), _full_precision(device.type):
+            _sketch_torch(operands, spec, name, tuple(shape), out, sqnorm, held)
         return out
     from gradsift.kernels.outer_triton import sketch_outer_triton  # here: triton is loaded only when it runs
 
-    sketch_outer_triton(x, g, offsets, spec, name, shape, out, sqnorm, atomic=kind == "triton-atomic")
+    atomic = kind == "triton-atomic"
+    with torch.no_grad(), _full_precision(device.type):
+        for first, last, x, g, offsets in operands.pieces():
+            norms = None if sqnorm is None else sqnorm[first:last]
+            sketch_outer_triton(x, g, offsets, spec, name, shape, out[first:last], norms, atomic=atomic)
     return out
-
-
-def _validate(
-    x: Tensor, g: Tensor, segments: Tensor | Sequence[int] | None, name: str, shape: tuple[int, ...]
-) -> tuple[Tensor, Tensor, tuple[int, ...] | None]:
-    """Operands as (n, T, d) with offsets None, or as (tokens, d) with offsets."""
-    if x.ndim not in (2, 3) or x.shape[:-1] != g.shape[:-1] or x.device != g.device:
-        raise ShapeError(
-            f"{name}: x is {_words(x)} and g is {_words(g)}, expected (tokens, d) or (n, T, d) with the same "
-            "tokens on the same device"
-        )
-    p, q = g.shape[-1], x.shape[-1]
-    rows, columns = matrix_shape(tuple(shape)) if shape else (0, 0)
-    if (rows, columns) != (p, q) and not (1 in (p, q) and rows == 1 and columns == p * q):
-        raise ShapeError(
-            f"{name}: g of width {p} and x of width {q} make a ({p}, {q}) gradient but the parameter has "
-            f"shape {tuple(shape)}: swap x and g if its weight is stored transposed"
-        )
-    if segments is None:
-        if x.ndim == 2:
-            raise ShapeError(
-                f"{name}: x of shape {tuple(x.shape)} does not say which token is whose: give segments, or "
-                "operands of shape (n, T, d)"
-            )
-        return x, g, None
-    if x.ndim == 3:
-        x, g = x.flatten(0, 1), g.flatten(0, 1)
-    offsets = tuple(segments.tolist()) if isinstance(segments, Tensor) else tuple(segments)
-    _validate_offsets(offsets, x.shape[0], name)
-    length = offsets[1] if len(offsets) > 1 else 0
-    if length and all(o == i * length for i, o in enumerate(offsets)):
-        n = len(offsets) - 1
-        return x.view(n, length, x.shape[1]), g.view(n, length, g.shape[1]), None
-    return x, g, offsets
-
-
-def _validate_offsets(offsets: tuple[int, ...], tokens: int, name: str) -> None:
-    if not offsets or offsets[0] != 0 or offsets[-1] != tokens:
-        ends = f"from {offsets[0]} to {offsets[-1]}" if offsets else "nothing"
-        raise ShapeError(
-            f"{name}: segments cover {ends} but there are {tokens} tokens: they must run from 0 to {tokens}"
-        )
-    for i in range(len(offsets) - 1):
-        if offsets[i + 1] < offsets[i]:
-            raise ShapeError(
-                f"{name}: segments decrease from {offsets[i]} to {offsets[i + 1]} at example {i}: sort the offsets"
-            )
 
 
 def _validate_outputs(
     out: Tensor, sqnorm: Tensor | None, n: int, spec: SketchSpec, name: str, device: torch.device
 ) -> None:
     if out.shape != (n, spec.dim) or out.dtype not in (torch.float32, torch.float64) or out.device != device:
-        raise ShapeError(f"{name}: out is {_words(out)}, expected float32 of shape ({n}, {spec.dim}) on {device}")
+        raise ShapeError(f"{name}: out is {words(out)}, expected float32 of shape ({n}, {spec.dim}) on {device}")
     if sqnorm is not None and (
         sqnorm.shape != (n,) or sqnorm.dtype not in (torch.float32, torch.float64) or sqnorm.device != device
     ):
-        raise ShapeError(f"{name}: sqnorm is {_words(sqnorm)}, expected float32 of shape ({n},) on {device}")
+        raise ShapeError(f"{name}: sqnorm is {words(sqnorm)}, expected float32 of shape ({n},) on {device}")
 
 
-def _words(t: Tensor) -> str:
-    return f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)} on {t.device}"
-
-
-def _choose(backend: str, x: Tensor, g: Tensor, spec: SketchSpec, out: Tensor) -> str:
+def _choose(backend: str, operands: Operands, spec: SketchSpec, out: Tensor) -> str:
     """The backend that runs; an explicit one is never replaced."""
     if backend not in BACKENDS:
         raise BackendError(f"backend is {backend!r}, expected one of {', '.join(map(repr, BACKENDS))}")
     cause = None
+    x, g = operands.dtypes
     if spec.kind == "identity":
         cause = "an identity sketch has no kernel"
-    elif x.dtype not in _LOW_PRECISION or g.dtype not in _LOW_PRECISION or out.dtype != torch.float32:
-        cause = f"there is no kernel from {x.dtype} and {g.dtype} into {out.dtype}"
+    elif x not in _LOW_PRECISION or g not in _LOW_PRECISION or out.dtype != torch.float32:
+        cause = f"there is no kernel from {x} and {g} into {out.dtype}"
     if backend == "auto":
-        return "triton" if x.is_cuda and cause is None else "torch"
+        return "triton" if operands.device.type == "cuda" and cause is None else "torch"
     if backend != "torch" and cause is not None:
         raise BackendError(f"backend {backend!r} cannot run this call ({cause}): use backend='auto'")
     return backend
@@ -226,10 +197,8 @@ def _full_precision(device_type: str) -> AbstractContextManager[object]:
     return stack
 
 
-def _sketch_outer_torch(
-    x: Tensor,
-    g: Tensor,
-    offsets: tuple[int, ...] | None,
+def _sketch_torch(
+    operands: Operands,
     spec: SketchSpec,
     name: str,
     shape: tuple[int, ...],
@@ -237,28 +206,14 @@ def _sketch_outer_torch(
     sqnorm: Tensor | None,
     held: Held | None,
 ) -> None:
-    """G by matrix products, a bounded number of examples at a time, then their sketch at once.
-
-    Always thin^T long, so G^T where p > q: BLAS is 1.2 to 9 times slower at the (long, thin) product.
-    """
-    dtype = torch.float64 if torch.float64 in (x.dtype, g.dtype) else torch.float32
-    transposed = g.shape[-1] > x.shape[-1]
-    thin, long = (x, g) if transposed else (g, x)
-    rows, columns = thin.shape[-1], long.shape[-1]
-    n = out.shape[0]
-    step = max(1, _CHUNK // (rows * columns))
+    """G by matrix products, a bounded number of examples at a time, then their sketch at once."""
+    n, (p, q) = operands.n, operands.widths
+    step = max(1, _CHUNK // (p * q))
     for first in range(0, n, step):
         last = min(n, first + step)
-        if offsets is None:
-            some = slice(first, last)
-            grad = torch.bmm(thin[some].to(dtype).mT, long[some].to(dtype))
-        else:
-            grad = torch.empty(last - first, rows, columns, dtype=dtype, device=x.device)
-            for i in range(first, last):
-                own = slice(offsets[i], offsets[i + 1])
-                torch.mm(thin[own].t().to(dtype), long[own].to(dtype), out=grad[i - first])
+        grad, transposed = operands.gradients(first, last)
         norms = None if sqnorm is None else sqnorm[first:last]
-        add = partial(_add_sketch, grad, transposed, spec, name, tuple(shape), out[first:last], norms)
+        add = partial(_add_sketch, grad, transposed, spec, name, shape, out[first:last], norms)
         if held is None:
             add()
         else:

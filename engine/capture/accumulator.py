@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import frexp
 
 import torch
 from torch import Tensor
 
+from gradsift.engine.capture.factors import Factor
 from gradsift.engine.capture.layout import Layout
-from gradsift.engine.capture.maps import Factor, Map
-from gradsift.kernels.outer import Held, sketch_outer
+from gradsift.engine.capture.maps import Map
+from gradsift.kernels.outer import Held, sketch_operands
 from gradsift.kernels.spec import SketchSpec
 
 __all__ = ["Accumulator"]
@@ -42,21 +42,18 @@ class Accumulator:
                 self._add(target, factors)
 
     def _add(self, target: Map, factors: Sequence[Factor]) -> None:
-        layout, name = self._layout, factors[0].parameter
-        x = layout.join([layout.rows(_scaled(f.x, f.scale), target.name) for f in factors])
-        g = layout.join([layout.rows(f.g, target.name) for f in factors])
-        n, device = layout.n, x.values.device
-        assert n is not None
+        name = factors[0].parameter
+        shape = tuple(target.parameters[name].shape)
+        operands = factors[0].gather(factors, self._layout, target.name, shape)
+        n, device = operands.n, operands.device
         if device not in self._values:
             self._values[device] = torch.zeros(n, self._spec.dim, device=device)
             self._squares[device] = torch.zeros(n, device=device)
-        sketch_outer(
-            x.values,
-            g.values,
-            x.segments,
+        sketch_operands(
+            operands,
             self._spec,
             name=name,
-            shape=tuple(target.parameters[name].shape),
+            shape=shape,
             out=self._values[device],
             sqnorm=self._squares[device],
             backend=self._backend,
@@ -82,11 +79,3 @@ def _total(parts: list[Tensor]) -> Tensor:
     for part in parts[1:]:
         total = total + part.to(total.device)
     return total
-
-
-def _scaled(x: Tensor, scale: float) -> Tensor:
-    """scale * x without another rounding: a power of two is exact in any dtype."""
-    if scale == 1.0:
-        return x
-    exact = frexp(scale)[0] == 0.5
-    return x * scale if exact else x.float() * scale

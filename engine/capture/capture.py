@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gradsift.engine.capture.accumulator import Accumulator
 from gradsift.engine.capture.features import Features, TableRow
 from gradsift.engine.capture.frozen import frozen, inputs_require_grad, same_randomness
-from gradsift.engine.capture.layout import BatchAxis, Layout, make_layout
+from gradsift.engine.capture.layout import Layout, make_layout, owners_of
 from gradsift.engine.capture.maps import Map, Modules, find_maps, uncovered_shares
 from gradsift.engine.capture.names import unwrap_parallel
 from gradsift.engine.capture.probe import Probe
@@ -94,7 +94,9 @@ class Capture:
 
         Args:
             batch: whatever ``loss_fn`` takes.
-            loss_fn: one loss per example, each from its own tokens only.
+            loss_fn: one loss per example, each from its own tokens only. Where the model sees other rows than one per
+                example (an example's noised copies, its crops), ``loss_fn.owners(batch)`` gives the example of each
+                row, shape (rows,), or None.
             segments: offsets (n + 1,) of the examples in packed tokens.
             batch_axis: the axis of activations along which examples lie, when they are not packed.
 
@@ -106,7 +108,7 @@ class Capture:
                 or more) one example's loss reaches another example's rows.
         """
         with frozen(self.model):
-            layout = make_layout(segments, batch_axis)
+            layout = self.layout(batch, loss_fn, segments, batch_axis)
             rows = Accumulator(self.spec, layout, self.backend)
             loss = self._run(batch, loss_fn, layout, rows.receive, torch.sum)
             if not self.probed and len(loss) > 1:
@@ -115,9 +117,27 @@ class Capture:
         kind = getattr(loss_fn, "kind", None)
         return Features(rows.values, loss.float(), rows.grad_norm, self.spec, self.table, kind)
 
-    def tap(self, segments: Tensor | Sequence[int] | None = None, batch_axis: int = 0, scale: float = 1.0) -> Tap:
-        """Rows as a by-product of the caller's own forward and backward pass; see ``Tap``."""
-        return Tap(self, make_layout(segments, batch_axis), scale)
+    def tap(
+        self,
+        segments: Tensor | Sequence[int] | None = None,
+        batch_axis: int = 0,
+        scale: float = 1.0,
+        owners: Tensor | Sequence[int] | None = None,
+    ) -> Tap:
+        """Rows as a by-product of the caller's own forward and backward pass; see ``Tap``.
+
+        Args:
+            segments, batch_axis: as of a call.
+            owners: the example of each row that the model sees, shape (rows,); None for one row each. The largest
+                says how many examples there are.
+        """
+        return Tap(self, make_layout(segments, batch_axis, owners), scale)
+
+    def layout(
+        self, batch: Any, loss_fn: LossFunction, segments: Tensor | Sequence[int] | None, batch_axis: int
+    ) -> Layout:
+        """Which row is whose in a pass of this loss over this batch."""
+        return make_layout(segments, batch_axis, owners_of(loss_fn, batch))
 
     def may_idle(self, found: Map) -> bool:
         """Whether a map is listed in ``allow_idle``."""
@@ -140,10 +160,7 @@ class Capture:
             raise CaptureError(
                 f"loss_fn returned {got}, expected one loss per example, shape (n,): do not reduce over the batch"
             )
-        if isinstance(layout, BatchAxis):
-            layout.n = len(loss)
-        elif len(loss) != layout.n:
-            raise CaptureError(f"loss_fn returned {len(loss)} losses but segments describe {layout.n} examples")
+        layout.expect(len(loss))
         return loss
 
     def _run(

@@ -2,7 +2,7 @@
 
 A map owns one or two parameters and knows where its two factors are read. The gradient of a parameter (p, q) for one
 example is the sum over its tokens of g x^T; LoRA's A takes (x, u) and B takes (h, g), where h = A x and u is the
-gradient that reaches h.
+gradient that reaches h. The tokens of a convolution are the patches that it sees.
 """
 
 from __future__ import annotations
@@ -11,29 +11,21 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from gradsift.engine.capture.factors import Factor, factor_of
 from gradsift.engine.capture.features import TableRow
 from gradsift.engine.capture.fused import FusedLora, Override, is_plain
-from gradsift.engine.capture.names import active_adapters, is_instance_of, loaded_type, parameter_names, walk
+from gradsift.engine.capture.names import active_adapters, is_instance_of, parameter_names, walk
 from gradsift.kernels.errors import CaptureError
 
-__all__ = ["Complete", "Factor", "Map", "Watcher", "find_maps", "parameters_of", "uncovered_shares"]
+__all__ = ["Complete", "Map", "Watcher", "find_maps", "parameters_of", "uncovered_shares"]
 
 Modules = str | Sequence[str]
-Complete = Callable[..., list["Factor"]]
-
-
-class Factor(NamedTuple):
-    """One parameter's share of a use: its gradient is ``scale * sum_t g_t x_t^T``."""
-
-    parameter: str
-    x: Tensor
-    g: Tensor
-    scale: float = 1.0
+Complete = Callable[..., list[Factor]]
 
 
 class Watcher(Protocol):
@@ -43,7 +35,7 @@ class Watcher(Protocol):
     """A scalar that requires a gradient: what takes it as an input starts the graph."""
 
     def called(self, target: Map, x: Tensor) -> bool:
-        """The map computes on x; False when no gradient is recorded now."""
+        """The map computes on x (.., d); False when no gradient is recorded now."""
 
     def receiver(self, target: Map, complete: Complete) -> Callable[..., None]:
         """What to call in the backward pass, with the arguments of ``complete``."""
@@ -64,7 +56,7 @@ class Map(ABC):
 
     Attributes:
         name: canonical name of the module.
-        kind: "lora", "linear" or "conv1d".
+        kind: "lora", "linear", "conv1d" (transformers' ``Conv1D``, a linear map) or "conv2d".
         parameters: canonical parameter name -> parameter.
         scale: LoRA's scaling; 1 for other maps.
         modules: the modules that apply it; several when they share their weight.
@@ -122,8 +114,30 @@ class Conv1DMap(LinearMap):
         return [Factor(name, g, x.to(dtype))]
 
 
+class Conv2dMap(Map):
+    """``nn.Conv2d``: weight (o, c / groups, kh, kw)."""
+
+    kind = "conv2d"
+
+    def watch(self, watcher: Watcher) -> Sequence[Handle]:
+        """Read x at the input and g at the output."""
+        return [module.register_forward_hook(self._hook(watcher, module)) for module in self.modules]
+
+    def _hook(self, watcher: Watcher, module: nn.Module) -> Callable[..., None]:
+        (name,) = self.parameters
+        factor = factor_of(module, self.name)
+
+        def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            if watcher.called(self, _channels_last(args[0])):
+                dtype = output.dtype
+                watcher.mark(self, output, [args[0]], lambda g, x: [factor(name, x.to(dtype), g)])
+
+        return hook
+
+
 class LoraMap(Map):
-    """One adapter of one LoRA layer of PEFT: A (r, d_in) and B (d_out, r).
+    """One adapter of one LoRA layer of PEFT, on a linear map: A (r, d_in) and B (d_out, r); or on a convolution:
+    A (r, c / groups, kh, kw) and B (o, r / groups, 1, 1).
 
     x is read at the layer's input and g at its output: on a low-precision base PEFT casts adapters up, and the copies
     that A and B would see are never kept. Only behind an active dropout is x read at A.
@@ -135,6 +149,7 @@ class LoraMap(Map):
         super().__init__(name, layer, parameters, float(layer.scaling[adapter]))
         self.layer = layer
         self.adapter = adapter
+        self.factors: list[Callable[..., Factor]] = []
 
     @property
     def table(self) -> list[TableRow]:
@@ -160,6 +175,9 @@ class LoraMap(Map):
         """Three hooks: the layer's input, A's output, the layer's output; and a fused forward where it is the same."""
         inputs: list[Tensor] = []
         uses: list[_LoraUse] = []
+        pair = [self.layer.lora_A[self.adapter], self.layer.lora_B[self.adapter]]
+        self.factors = [factor_of(module, self.name) for module in pair]
+        is_convolution = isinstance(pair[0], nn.Conv2d)
 
         def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self.check()
@@ -168,7 +186,7 @@ class LoraMap(Map):
 
         def down(_: nn.Module, args: tuple[Any, ...], h: Tensor) -> None:
             x = args[0] if self._drops() else inputs[0]
-            if not watcher.called(self, x):
+            if not watcher.called(self, _channels_last(x) if is_convolution else x):
                 return
             use = _LoraUse(self, h.dtype)
             uses.append(use)
@@ -189,7 +207,7 @@ class LoraMap(Map):
         return [
             *fused,
             self.layer.register_forward_pre_hook(enter, with_kwargs=True),
-            self.layer.lora_A[self.adapter].register_forward_hook(down),
+            pair[0].register_forward_hook(down),
             self.layer.register_forward_hook(leave, with_kwargs=True),
         ]
 
@@ -237,7 +255,13 @@ class _LoraUse:
         if g is None:
             raise CaptureError(f"{self.owner.name}: a gradient reached A but not the layer's output: unknown variant")
         a, b = self.owner.parameters
-        return [Factor(a, x.to(self.dtype), u), Factor(b, h, g.to(self.dtype), self.scale)]
+        down, up = self.owner.factors
+        return [down(a, x.to(self.dtype), u), up(b, h, g.to(self.dtype), self.scale)]
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """Images (n, c, h, w) as (n, h, w, c): what a linear map calls tokens (.., d)."""
+    return x.movedim(1, -1) if x.ndim > 1 else x
 
 
 def find_maps(model: nn.Module, modules: Modules = "lora") -> list[Map]:
@@ -245,7 +269,9 @@ def find_maps(model: nn.Module, modules: Modules = "lora") -> list[Map]:
 
     Args:
         modules: "lora" for the pairs of every active LoRA adapter of PEFT; else one glob or several, matched against
-            canonical and plain module names: ``nn.Linear``, transformers' ``Conv1D``, and LoRA layers (their pair).
+            canonical and plain module names: ``nn.Linear``, ``nn.Conv2d``, transformers' ``Conv1D``, and LoRA layers
+            (their pair). A subclass is taken to compute what its base class does with its weight: where it does not,
+            the tap's conservation and ``check`` say so.
 
     Raises:
         CaptureError: nothing matches; or a match cannot be captured truthfully, with its name and the cause.
@@ -263,8 +289,8 @@ def find_maps(model: nn.Module, modules: Modules = "lora") -> list[Map]:
         if is_instance_of(module, "peft.tuners.lora.layer", "LoraLayer"):
             maps += _lora_maps(name, module, names)
             inside_lora.update(map(id, module.modules()))
-        elif patterns is not None and (linear := _linear_map(name, module, names)) is not None:
-            maps.append(linear)
+        elif patterns is not None and (plain_map := _plain_map(name, module, names)) is not None:
+            maps.append(plain_map)
     if not maps:
         raise CaptureError(_nothing_matches(modules, named))
     maps = _merge_shared(maps)
@@ -318,9 +344,9 @@ def _refuse_variant(name: str, layer: Any, adapter: str) -> None:
         )
     elif is_instance_of(layer, "peft.tuners.lora.layer", "MultiheadAttention"):
         cause = "PEFT merges the adapter of nn.MultiheadAttention in its forward"
-    elif adapter not in layer.lora_A or not isinstance(layer.lora_A[adapter], nn.Linear):
-        cause = f"{type(layer).__name__} on {type(base).__name__} is not LoRA on a linear map"
-    elif not isinstance(layer.lora_B[adapter], nn.Linear):
+    elif adapter not in layer.lora_A or not isinstance(layer.lora_A[adapter], nn.Linear | nn.Conv2d):
+        cause = f"{type(layer).__name__} on {type(base).__name__} is not LoRA on a linear map or nn.Conv2d"
+    elif not isinstance(layer.lora_B[adapter], nn.Linear | nn.Conv2d):
         cause = f"its B is a {type(layer.lora_B[adapter]).__name__}"
     if cause is not None:
         raise CaptureError(
@@ -329,19 +355,23 @@ def _refuse_variant(name: str, layer: Any, adapter: str) -> None:
         )
 
 
-def _linear_map(name: str, module: nn.Module, names: dict[int, str]) -> Map | None:
-    conv1d = loaded_type("transformers.pytorch_utils", "Conv1D")
-    is_conv1d = conv1d is not None and isinstance(module, conv1d)
-    if not (isinstance(module, nn.Linear) or is_conv1d):
+def _plain_map(name: str, module: nn.Module, names: dict[int, str]) -> Map | None:
+    kind: type[Map]
+    if isinstance(module, nn.Linear):
+        kind, expected = LinearMap, 2
+    elif isinstance(module, nn.Conv2d):
+        kind, expected = Conv2dMap, 4
+    elif is_instance_of(module, "transformers.pytorch_utils", "Conv1D"):
+        kind, expected = Conv1DMap, 2
+    else:
         return None
     weight: Any = module.weight
-    expected = 2
     if not isinstance(weight, nn.Parameter) or weight.ndim != expected or not weight.is_floating_point():
         raise CaptureError(
             f"{name} ({type(module).__name__}) holds a packed weight of {getattr(weight, 'dtype', '?')}: "
             "its gradient is not defined, so train a LoRA on it"
         )
-    return (Conv1DMap if is_conv1d else LinearMap)(name, module, {names[id(weight)]: weight})
+    return kind(name, module, {names[id(weight)]: weight})
 
 
 def _merge_shared(maps: list[Map]) -> list[Map]:
@@ -373,7 +403,7 @@ def _refuse_outside_uses(maps: list[Map], named: list[tuple[str, str, nn.Module]
 
 
 def _nothing_matches(modules: Modules, named: list[tuple[str, str, nn.Module]]) -> str:
-    linear = [name for name, _, module in named if isinstance(module, nn.Linear)]
+    known = [name for name, _, module in named if isinstance(module, nn.Linear | nn.Conv2d)]
     layers = [m for _, _, m in named if is_instance_of(m, "peft.tuners.tuners_utils", "BaseTunerLayer")]
     tuners = sorted({type(m).__module__.removeprefix("peft.tuners.").split(".")[0] for m in layers})
     if modules == "lora":
@@ -385,4 +415,5 @@ def _nothing_matches(modules: Modules, named: list[tuple[str, str, nn.Module]]) 
         return (
             f"modules='lora' selects nothing: {found}; attach an adapter with PEFT, or give a glob such as '*.q_proj'"
         )
-    return f"modules={modules!r} matches no linear map; there are, for example, {', '.join(linear[:4]) or 'none'}"
+    examples = ", ".join(known[:4]) or "none"
+    return f"modules={modules!r} matches no linear map and no nn.Conv2d; there are, for example, {examples}"

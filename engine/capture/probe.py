@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from gradsift.engine.capture.layout import BatchAxis, Layout
-from gradsift.engine.capture.maps import Factor, Map
+from gradsift.engine.capture.factors import Factor
+from gradsift.engine.capture.layout import Layout
+from gradsift.engine.capture.maps import Map
 from gradsift.kernels.errors import CaptureError
 
 __all__ = ["Probe"]
@@ -27,8 +28,7 @@ class Probe:
         """Weigh the rows of one map."""
         for use in uses:
             for factor in use:
-                weights = factor.x.detach().float().norm(dim=-1) * factor.g.float().norm(dim=-1)
-                self._peaks.append((target, self._layout.peaks(weights, target.name)))
+                self._peaks.append((target, self._layout.peaks(factor.weights(), target.name)))
 
     def check(self, index: int) -> None:
         """Raise when the loss of example ``index`` touched rows of another.
@@ -42,16 +42,5 @@ class Probe:
             if others.max() > _LEAK * peaks.max():
                 raise CaptureError(
                     f"{target.name}: the loss of example {index} reaches rows of example {int(others.argmax())}: "
-                    + self._cause()
+                    + self._layout.leak
                 )
-
-    def _cause(self) -> str:
-        if isinstance(self._layout, BatchAxis):
-            return (
-                f"examples do not lie along axis {self._layout.axis} of its activations (give batch_axis), or they "
-                "share statistics such as batch normalisation"
-            )
-        return (
-            "packed examples attend to each other: give position_ids that restart in every example and "
-            "use_cache=False, or pad instead of packing"
-        )

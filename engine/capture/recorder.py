@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradsift.engine.capture.factors import Factor
 from gradsift.engine.capture.layout import Layout
-from gradsift.engine.capture.maps import Complete, Factor, Map
+from gradsift.engine.capture.maps import Complete, Map
 from gradsift.kernels.errors import CaptureError
 
 __all__ = ["Receiver", "Recorder"]

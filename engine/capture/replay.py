@@ -13,9 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from gradsift.engine.capture.layout import Layout, Packed
-
-__all__ = ["Replay", "part_of_example"]
+__all__ = ["Replay"]
 
 
 class Replay:
@@ -44,17 +42,6 @@ class Replay:
     def forget(self) -> None:
         """Drop the references."""
         self._call = None
-
-
-def part_of_example(output: Tensor, index: int, layout: Layout) -> Tensor | None:
-    """The part of an output that belongs to one example; None when its shape does not say."""
-    if isinstance(layout, Packed):
-        tokens = int(layout.segments[-1])
-        if output.ndim < 2 or output.shape[:-1].numel() != tokens:
-            return None
-        return output.reshape(tokens, -1)[int(layout.segments[index]) : int(layout.segments[index + 1])]
-    fits = [axis for axis in {0, layout.axis} if output.ndim > axis and output.shape[axis] == layout.n]
-    return output.select(fits[0], index) if len(fits) == 1 else None
 
 
 def _main_tensor(output: Any) -> Tensor | None:

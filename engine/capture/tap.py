@@ -15,7 +15,7 @@ from gradsift.engine.capture.frozen import eager, frozen, same_randomness
 from gradsift.engine.capture.layout import Layout
 from gradsift.engine.capture.names import unwrap_parallel
 from gradsift.engine.capture.probe import Probe
-from gradsift.engine.capture.replay import Replay, part_of_example
+from gradsift.engine.capture.replay import Replay
 from gradsift.kernels.errors import CaptureError
 from gradsift.kernels.sketch import sketch_dense
 
@@ -134,7 +134,7 @@ class Tap:
         model = self._capture.model
         with frozen(model), same_randomness(model), self._capture.recorded(probe.receive, self._layout) as recorder:
             output = self._replay.output()
-            part = None if output is None else part_of_example(output, index, self._layout)
+            part = None if output is None else self._layout.part(output, index)
             if part is None or not part.requires_grad:
                 logger.warning(
                     "whether examples keep to their own rows is not checked: the model's output does not say"

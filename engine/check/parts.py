@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from gradsift.engine.capture.accumulator import Accumulator
 from gradsift.engine.capture.capture import Capture, LossFunction
+from gradsift.engine.capture.factors import Factor
 from gradsift.engine.capture.frozen import frozen, same_randomness
-from gradsift.engine.capture.layout import BatchAxis, Layout, make_layout
-from gradsift.engine.capture.maps import Factor, Map
+from gradsift.engine.capture.layout import Layout
+from gradsift.engine.capture.maps import Map
 from gradsift.kernels.sketch import sketch_dense
 from gradsift.kernels.spec import SketchSpec
 
@@ -51,7 +52,7 @@ class PartCapture(Capture):
             key: (map, parameter name) -> name of the part that receives its rows.
         """
         with frozen(self.model):
-            layout = make_layout(segments, batch_axis)
+            layout = self.layout(batch, loss_fn, segments, batch_axis)
             split = _Split(self.spec, layout, self.backend, key)
             loss = self._run(batch, loss_fn, layout, split.receive, torch.sum)
         rows = {part: rows.values.cpu() for part, rows in split.parts.items()}
@@ -64,9 +65,8 @@ class PartCapture(Capture):
             CaptureError: it reaches rows of another.
         """
         with frozen(self.model):
-            layout = make_layout(segments, batch_axis)
-            if isinstance(layout, BatchAxis):
-                layout.n = len(loss)
+            layout = self.layout(batch, loss_fn, segments, batch_axis)
+            layout.expect(len(loss))
             self._probe(batch, loss_fn, layout, loss)
 
     def may_idle(self, found: Map) -> bool:

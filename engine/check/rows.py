@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gradsift.engine.capture.capture import Capture
+from gradsift.engine.capture.layout import owners_of
 from gradsift.engine.capture.names import unwrap_parallel
 from gradsift.engine.check.batches import segments_of
 from gradsift.engine.check.case import Case
@@ -189,7 +190,7 @@ def _tapped(case: Case) -> float | str:
             repeatable(case.model),
             trainable(case.model, parameters),
             torch.enable_grad(),
-            capture.tap(segments_of(case.batch), case.batch_axis) as tap,
+            capture.tap(segments_of(case.batch), case.batch_axis, owners=owners_of(case.loss_fn, case.batch)) as tap,
         ):
             loss: Tensor = case.loss_fn(model, case.batch).sum()
             loss.backward()  # type: ignore[no-untyped-call]
