@@ -59,7 +59,7 @@ class Asker:
         self._space, self._questions, self._exact = space, questions, exact
         self._scorer = cast(Literal["fisher", "dot", "cosine"], scorer)
         self._features = space.capture(questions)
-        modules = space.notes.modules
+        modules = space.modules
         vectors = [gradient(space.model, questions.fetch([i]), language_model, modules) for i in range(len(questions))]
         if exact and scorer == "fisher" and space.store.curvature is not None:
             vectors = _corrected(CurvatureSample(space, sample), vectors)

@@ -43,6 +43,20 @@ _ELSEWHERE = {
 """Commands whose module is imported when they are called; each has a typer app named `app`."""
 
 
+_DIFFUSION = {
+    "extract": ("gradsift.bindings.diffusion.command", "extract"),
+    "query": ("gradsift.bindings.diffusion.command", "query"),
+}
+"""Where the twins of commands for diffusion models are: module, and typer app."""
+
+
+class Kind(StrEnum):
+    """Kinds of models."""
+
+    lm = "lm"
+    diffusion = "diffusion"
+
+
 class _Elsewhere(TyperCommand):
     """Stands for a command of another module, so that `gradsift --help` need not import it."""
 
@@ -53,6 +67,33 @@ class _Elsewhere(TyperCommand):
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
         real = typer.main.get_command(import_module(self._module).app)
         return real.make_context(info_name, args, parent=parent, **extra)
+
+
+class _OfKind(TyperCommand):
+    """A command that has a twin for diffusion models, with options of its own: chosen by --kind, or by the store."""
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        if _kind(args) != Kind.diffusion:
+            return super().make_context(info_name, args, parent=parent, **extra)
+        module, name = _DIFFUSION[str(self.name)]
+        twin = typer.main.get_command(getattr(import_module(module), name))
+        return twin.make_context(info_name, args, parent=parent, **extra)
+
+
+def _kind(args: list[str]) -> str:
+    """What --kind says; else what a store among the arguments was made from."""
+    for place, argument in enumerate(args):
+        if argument == "--kind":
+            return args[place + 1] if place + 1 < len(args) else ""
+        if argument.startswith("--kind="):
+            return argument.removeprefix("--kind=")
+    for argument in args:
+        try:
+            text = (Path(argument) / "zarr.json").read_text(encoding="utf-8")
+            return str(json.loads(text)["attributes"]["gradsift"]["notes"].get("kind", Kind.lm))
+        except (OSError, ValueError, KeyError, AttributeError, TypeError):
+            continue
+    return Kind.lm
 
 
 class _Commands(TyperGroup):
@@ -112,6 +153,9 @@ class StorePrecision(StrEnum):
     float16 = "float16"
 
 
+ModelKind = Annotated[
+    Kind, typer.Option(help="lm, a language model; or diffusion: --kind diffusion --help shows its options.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:0; a GPU when there is one.")]
 Store = Annotated[Path, typer.Argument(help="A store that `gradsift extract` wrote.", show_default=False)]
@@ -120,7 +164,7 @@ OtherAdapter = Annotated[str | None, typer.Option("--adapter", help="Where the a
 OtherData = Annotated[str | None, typer.Option("--train", help="Where the training data is now, if it moved.")]
 
 
-@app.command()
+@app.command(cls=_OfKind)
 def extract(
     model: Annotated[
         str, typer.Option(help="Folder, Hugging Face id, or .gguf file of the base model.", show_default=False)
@@ -134,6 +178,7 @@ def extract(
         ),
     ],
     out: Annotated[Path, typer.Option(help="The store to write: a new folder, or one to finish.", show_default=False)],
+    kind: ModelKind = Kind.lm,
     adapter: Annotated[str | None, typer.Option(help="Folder or Hugging Face id of the LoRA adapter.")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="If it is not beside the adapter or the model.")] = None,
     dim: Annotated[int, typer.Option(help="Numbers per example, a multiple of 64.")] = 4096,
@@ -178,7 +223,8 @@ def extract(
     from gradsift.bindings.describe import describe, print_survey
     from gradsift.bindings.models import load
     from gradsift.bindings.render import bytes_text
-    from gradsift.bindings.workspace import Notes, absolute
+    from gradsift.bindings.space import absolute
+    from gradsift.bindings.workspace import Notes
     from gradsift.engine.extraction.extract import extract as run
     from gradsift.engine.losses import language_model
     from gradsift.engine.store.format import read_description
@@ -238,7 +284,7 @@ def extract(
     console.print(f"next  gradsift query {escape(str(out))} {escape(ask)}", highlight=False)
 
 
-@app.command()
+@app.command(cls=_OfKind)
 def query(
     store: Store,
     text: Annotated[str | None, typer.Option(help="Text whose loss is to be explained.")] = None,

@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from gradsift.bindings.workspace import Workspace
+from gradsift.bindings.space import Space
 from gradsift.engine.answers.fisher import Fisher
 from gradsift.engine.answers.precondition import precondition
-from gradsift.engine.losses import language_model
 from gradsift.engine.store.ids import seed_of
 from gradsift.kernels.errors import DataError
 
@@ -35,7 +34,7 @@ class CurvatureSample:
         DataError: the store holds none.
     """
 
-    def __init__(self, space: Workspace, rows: int | None = None) -> None:
+    def __init__(self, space: Space, rows: int | None = None) -> None:
         sample, draws = space.store.curvature, space.store.curvature_draws
         if sample is None:
             raise DataError(f"'{space.store.path}' holds no curvature sample: extract with --curvature 2000")
@@ -64,7 +63,7 @@ class CurvatureSample:
         space = self._space
         batch = space.data.fetch(space.data.find([name for name, _ in draws]))
         seeds = [seed_of(space.store.spec.seed, name, draw) for name, draw in draws]
-        return language_model.sampled_batch(space.model, batch, seeds)
+        return space.loss.sampled_batch(space.model, batch, seeds)
 
     def correct(self, v: Mapping[str, Tensor], advance: Callable[[], None]) -> dict[str, Tensor]:
         """``(F + lambda I)^-1 v`` with the unsketched Fisher of this sample; ``advance`` is called after each batch."""
@@ -72,10 +71,10 @@ class CurvatureSample:
             self._space.model,
             v,
             _Counted(self._batches, advance),
-            language_model,
+            self._space.loss,
             self._fisher,
             steps=_STEPS,
-            modules=self._space.notes.modules,
+            modules=self._space.modules,
         )
 
 

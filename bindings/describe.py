@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
@@ -12,7 +13,12 @@ from gradsift.bindings.data import Dataset
 from gradsift.bindings.render import bytes_text, facts
 from gradsift.engine.store.reader import FeatureStore
 
-__all__ = ["describe", "print_info", "print_survey"]
+if TYPE_CHECKING:
+    from gradsift.bindings.diffusion.dataset import Dataset as Images
+    from gradsift.bindings.diffusion.pipelines import Pipeline
+    from gradsift.engine.losses import Diffusion
+
+__all__ = ["describe", "print_image_survey", "print_info", "print_survey"]
 
 
 def describe(store: FeatureStore) -> dict[str, Any]:
@@ -60,7 +66,7 @@ def print_info(console: Console, store: FeatureStore, verified: bool) -> None:
         ("", f"{first} … {last}"),
         ("curvature", f"{found['curvature_rows']:,} rows" if found["curvature_rows"] else "none"),
         ("model", notes.get("model")),
-        ("adapter", notes.get("adapter")),
+        ("adapter", notes.get("adapter") or notes.get("lora")),
         ("data", notes.get("data")),
         ("loss on", notes.get("trained_on") or found["loss_kind"]),
     ]
@@ -72,6 +78,28 @@ def print_info(console: Console, store: FeatureStore, verified: bool) -> None:
         where = "" if part["timestep"] is None else f" at timestep {part['timestep']:g}"
         pairs.append((f"gradient norm{where}", f"{middle:.3g} (5 % below {low:.3g}, 5 % above {high:.3g})"))
     facts(console, [(name, value) for name, value in pairs if value is not None])
+
+
+def print_image_survey(console: Console, images: Images, pipeline: Pipeline, loss: Diffusion) -> None:
+    """What was read and loaded, what is measured, and what was enlarged or left out."""
+    survey, size = images.survey, images.encoder.resolution
+    prompts = f", {survey.prompts:,} prompts" if survey.prompts else ""
+    pairs = [
+        ("data", f"{len(images):,} images at {size} x {size}{prompts}"),
+        ("model", pipeline.family.name),
+        ("lora", pipeline.lora),
+        ("measured", loss.kind),
+    ]
+    if pipeline.family.encode is not None:
+        pairs.append(("", "every image with its prompt, never without (as training drops it now and then)"))
+    if survey.cropped:
+        pairs.append(("cropped", f"{survey.cropped:,} images to the middle of their longer side"))
+    if survey.enlarged:
+        pairs.append(("enlarged", f"{survey.enlarged:,} images smaller than that (--resolution)"))
+    if survey.bad:
+        pairs.append(("left out", f"{survey.bad:,} images"))
+    facts(console, [(name, value) for name, value in pairs if value])
+    _print_named(console, survey.named, survey.bad)
 
 
 def print_survey(console: Console, examples: Dataset) -> None:
@@ -87,7 +115,12 @@ def print_survey(console: Console, examples: Dataset) -> None:
     if survey.bad:
         pairs.append(("left out", f"{survey.bad:,} records"))
     facts(console, pairs)
-    for sentence in survey.named:
+    _print_named(console, survey.named, survey.bad)
+
+
+def _print_named(console: Console, named: Sequence[str], bad: int) -> None:
+    """Why the first few were left out."""
+    for sentence in named:
         console.print(f"  [dim]{escape(sentence)}[/dim]", highlight=False)
-    if survey.bad > len(survey.named):
-        console.print(f"  [dim]and {survey.bad - len(survey.named):,} more[/dim]", highlight=False)
+    if bad > len(named):
+        console.print(f"  [dim]and {bad - len(named):,} more[/dim]", highlight=False)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gradsift.bindings.extras import require
 from gradsift.kernels.errors import DataError
 
-__all__ = ["DTYPES", "Loaded", "check_adapter", "load"]
+__all__ = ["DTYPES", "Loaded", "attempt", "check_adapter", "first", "is_merged", "load"]
 
 logger = logging.getLogger(__name__)
 
@@ -69,10 +69,10 @@ def load(
     else:
         wanted = DTYPES[dtype]
     source, options = _source(model)
-    config = _attempt(f"model '{model}'", transformers.AutoConfig.from_pretrained, source, **options)
+    config = attempt(f"model '{model}'", transformers.AutoConfig.from_pretrained, source, **options)
     encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
     kind = transformers.AutoModelForSeq2SeqLM if encoder_decoder else transformers.AutoModelForCausalLM
-    loaded = _attempt(f"model '{model}'", kind.from_pretrained, source, dtype=wanted, **options)
+    loaded = attempt(f"model '{model}'", kind.from_pretrained, source, dtype=wanted, **options)
     loaded.to(device)
     tokens = _tokenizer(model, adapter, tokenizer)
     rows = loaded.get_input_embeddings().num_embeddings
@@ -105,12 +105,12 @@ def check_adapter(model: nn.Module, weights: dict[str, Tensor], name: str = "ada
     if unexpected:
         raise DataError(
             f"{name} does not fit the model: {len(unexpected)} of its {len(weights)} weights have no place there "
-            f"({_first(unexpected)}): give the model that it was trained on"
+            f"({first(unexpected)}): give the model that it was trained on"
         )
     if left:
         raise DataError(
             f"{name} does not fill the model: {len(left)} adapter weights are not in its file and would be random "
-            f"({_first(left)}): give the adapter that belongs to this model"
+            f"({first(left)}): give the adapter that belongs to this model"
         )
 
 
@@ -125,6 +125,8 @@ def _source(model: str) -> tuple[str, dict[str, Any]]:
     if not path.exists() and (path.is_absolute() or model.startswith((".", "~")) or len(path.parts) > 2):
         raise DataError(f"model folder '{model}' does not exist")
     if path.is_dir() and not (path / "config.json").exists():
+        if (path / "model_index.json").exists():
+            raise DataError(f"'{model}' holds a diffusion pipeline: add --kind diffusion")
         if (path / "adapter_config.json").exists():
             raise DataError(f"'{model}' holds an adapter: pass it as --adapter, and its base model as --model")
         raise DataError(f"model folder '{model}' has no config.json: give a folder that save_pretrained wrote")
@@ -136,7 +138,7 @@ def _tokenizer(model: str, adapter: str | None, tokenizer: str | None) -> Any:
     if tokenizer is None and adapter is not None and (Path(adapter) / "tokenizer_config.json").exists():
         tokenizer = adapter
     source, options = _source(model) if tokenizer is None else (tokenizer, {})
-    return _attempt(f"tokenizer '{tokenizer or model}'", transformers.AutoTokenizer.from_pretrained, source, **options)
+    return attempt(f"tokenizer '{tokenizer or model}'", transformers.AutoTokenizer.from_pretrained, source, **options)
 
 
 def _with_adapter(model: nn.Module, adapter: str) -> nn.Module:
@@ -148,13 +150,13 @@ def _with_adapter(model: nn.Module, adapter: str) -> nn.Module:
     with warnings.catch_warnings():
         # Its warning about missing keys becomes an error with names in check_adapter.
         warnings.filterwarnings("ignore", message="Found missing adapter keys")
-        wrapped = _attempt(what, peft.PeftModel.from_pretrained, model, adapter, low_cpu_mem_usage=True)
-    weights = _attempt(what, peft.load_peft_weights, adapter, device="cpu")
+        wrapped = attempt(what, peft.PeftModel.from_pretrained, model, adapter, low_cpu_mem_usage=True)
+    weights = attempt(what, peft.load_peft_weights, adapter, device="cpu")
     check_adapter(wrapped, weights, what)
     outputs = [value for key, value in weights.items() if ".lora_B." in key or "lora_embedding_B" in key]
     if outputs and not any(bool(value.any()) for value in outputs):
         logger.warning("%s has not been trained: every lora_B in it is zero", what)
-    if _is_merged(wrapped):
+    if is_merged(wrapped):
         raise DataError(
             f"{what} is in the weights of the model already, so it would count twice: "
             "give the base model that it was trained on, not the merged one"
@@ -162,7 +164,7 @@ def _with_adapter(model: nn.Module, adapter: str) -> nn.Module:
     return wrapped  # type: ignore[no-any-return]
 
 
-def _is_merged(model: nn.Module) -> bool:
+def is_merged(model: nn.Module) -> bool:
     """Whether the base weights contain the adapter's change D.
 
     <W, D> / <D, D> is 1 + noise for a merged map and 0 + noise for any other; the verdict needs three of
@@ -199,7 +201,7 @@ def _merged_share(layer: Any) -> float | None:
         return scale * float(((weight.float() @ a.T) * b).sum()) / size if size else None
 
 
-def _attempt(what: str, call: Any, *args: Any, **options: Any) -> Any:
+def attempt(what: str, call: Any, *args: Any, **options: Any) -> Any:
     """Call a loader; its complaints become one sentence."""
     try:
         return call(*args, **options)
@@ -208,5 +210,6 @@ def _attempt(what: str, call: Any, *args: Any, **options: Any) -> Any:
         raise DataError(f"{what} cannot be loaded: {' '.join(lines[:2]) or type(error).__name__}") from error
 
 
-def _first(names: list[str]) -> str:
+def first(names: list[str]) -> str:
+    """The first three names, for a sentence."""
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -114,7 +114,11 @@ class Table:
             options = {"features": text, "keep_default_na": False}
         try:
             loader = "csv" if path.suffix.lower() == ".csv" else "parquet"
-            self._rows = datasets.load_dataset(loader, data_files=str(path), split="train", **options)
+            rows = datasets.load_dataset(loader, data_files=str(path), split="train", **options)
+            for column, feature in rows.features.items():
+                if isinstance(feature, datasets.Image):  # bytes as they are: what cannot be decoded is said by row
+                    rows = rows.cast_column(column, datasets.Image(decode=False))
+            self._rows = rows
         except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
             cause = str(error.__cause__ or error).strip().splitlines()[0]
             raise DataError(f"{path.name} cannot be read as {loader}: {cause}") from None

@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from gradsift.bindings.data import Batch, Dataset
+from gradsift.bindings.data import Dataset
 from gradsift.bindings.encode import Encoder, form_of
 from gradsift.bindings.models import Loaded, load
 from gradsift.bindings.records import ListRecords, Record, open_records
-from gradsift.engine.capture.capture import Capture
-from gradsift.engine.capture.features import Features
-from gradsift.engine.capture.maps import parameters_of
-from gradsift.engine.extraction.fingerprints import adapter_fingerprint, model_fingerprint
+from gradsift.bindings.space import Space
 from gradsift.engine.losses import language_model
 from gradsift.engine.store.reader import FeatureStore
 from gradsift.kernels.errors import DataError
 
-__all__ = ["Notes", "Workspace", "absolute", "remembered"]
-
-_AT_ONCE = 8
-"""Queries in a batch."""
+__all__ = ["Notes", "Workspace", "remembered"]
 
 _NEW_TOKENS = 48
 """Length of an answer that the model writes itself when a query is only a prompt."""
@@ -70,8 +62,8 @@ def remembered(store: FeatureStore) -> Notes:
     return Notes(**known)
 
 
-class Workspace:
-    """A store that can be asked: its model is loaded, its examples can be read.
+class Workspace(Space):
+    """A store of a language model that can be asked: its model is loaded, its examples can be read.
 
     Args:
         store: made by `gradsift extract`.
@@ -79,33 +71,15 @@ class Workspace:
         device: see ``models.load``.
     """
 
+    data: Dataset
+
     def __init__(self, store: FeatureStore, notes: Notes, device: str | None = None) -> None:
-        self.store, self.notes = store, notes
+        self.notes = notes
         self.loaded: Loaded = load(
             notes.model, notes.adapter, tokenizer=notes.tokenizer, dtype=notes.dtype, device=device
         )
-        self._compare()
-        self.data = self._open(notes.data)
-
-    def _compare(self) -> None:
-        """Refuse a model or adapter that has changed since: its gradients would have nothing to do with the rows."""
-        captured = parameters_of(self.model, self.notes.modules)
-        now = {
-            "adapter": adapter_fingerprint(captured),
-            "model": model_fingerprint(self.model, list(captured.values())),
-        }
-        for what, before in self.store.metadata["fingerprints"].items():
-            if now[what] != before:
-                place = self.notes.adapter if what == "adapter" and self.notes.adapter else self.notes.model
-                raise DataError(
-                    f"the {what} '{place}' is not the one that '{self.store.path}' was extracted with "
-                    f"(fingerprint {before[:8]}, now {now[what][:8]}): give that one, or extract again"
-                )
-
-    @property
-    def model(self) -> nn.Module:
-        """The model with its adapter."""
-        return self.loaded.model
+        places = {"model": notes.model, "adapter": notes.adapter or notes.model}
+        super().__init__(store, self.loaded.model, language_model, notes.modules, self._open(notes.data), places)
 
     def _open(self, path: str, records: Any = None, check: bool = False) -> Dataset:
         records = open_records(path) if records is None else records
@@ -134,29 +108,6 @@ class Workspace:
                 record = {"messages": _turns(str(prompt), completion)}
         return self._open("", ListRecords([record], "query"), check=True)
 
-    def capture(self, questions: Dataset) -> Features:
-        """Features of the queries, in their order."""
-        capture = Capture(self.model, self.store.spec, self.notes.modules)
-        starts = range(0, len(questions), _AT_ONCE)
-        groups = [range(start, min(start + _AT_ONCE, len(questions))) for start in starts]
-        parts = [capture(questions.fetch(group), language_model) for group in groups]
-        return Features(
-            torch.cat([part.values for part in parts]),
-            torch.cat([part.loss for part in parts if part.loss is not None]),
-            torch.cat([part.grad_norm for part in parts]),
-            parts[0].spec,
-            parts[0].table,
-            parts[0].loss_kind,
-        )
-
-    def index(self, row: int) -> int:
-        """Where the example of a row of the store stands in the data."""
-        return self.data.find([self.store.ids[row]])[0]
-
-    def fetch(self, rows: Sequence[int]) -> Batch:
-        """The examples of these rows of the store, as one batch in their order."""
-        return self.data.fetch(self.data.find([self.store.ids[row] for row in rows]))
-
     def _answer(self, prompt: str, chat: bool) -> str:
         tokenizer = self.loaded.tokenizer
         if chat:
@@ -181,8 +132,3 @@ class Workspace:
 
 def _turns(prompt: str, completion: str) -> list[Record]:
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
-
-
-def absolute(place: str | None) -> str | None:
-    """A local path that holds from any folder; a hub id as it is."""
-    return str(Path(place).resolve()) if place is not None and Path(place).exists() else place

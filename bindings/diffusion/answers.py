@@ -1,0 +1,184 @@
+"""Answers of `gradsift query` about a picture: the most and least influential images, as text, JSON and a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.text import Text
+from torch import Tensor
+
+from gradsift.bindings.curvature import CurvatureSample
+from gradsift.bindings.diffusion.dataset import Dataset
+from gradsift.bindings.diffusion.grid import Row, Tile, draw
+from gradsift.bindings.diffusion.workspace import Workspace
+from gradsift.bindings.render import bar, number, table
+from gradsift.engine.answers.gradient import gradient
+from gradsift.engine.answers.rescore import Rescorer
+from gradsift.engine.answers.search import SIGN, TopK, topk
+
+__all__ = ["Asker"]
+
+_AT_ONCE = 4
+"""Training images that are scored exactly in one batch."""
+
+_HEADINGS = {
+    True: ("Most influential training images", "training on them makes the model draw more like this"),
+    False: ("Least influential", "the lowest scores; below zero, training on them makes the model draw less like this"),
+}
+
+
+class Asker:
+    """Asks one store about a picture, or about a set of pictures as one, and shows the answer.
+
+    Args:
+        space: the store with its pipeline and images.
+        questions: the query; several images are one query, the mean of their gradients.
+        scorer: as of ``topk``.
+        exact: let exact gradients order a short list, and say which regions pull.
+        sample: curvature rows behind an exact answer of "fisher", at most.
+    """
+
+    def __init__(self, space: Workspace, questions: Dataset, scorer: str, exact: bool, sample: int) -> None:
+        self._space, self._questions = space, questions
+        self._scorer = cast(Literal["fisher", "dot", "cosine"], scorer)
+        self._features = space.capture(questions)
+        self._rescorer = self._exactly(sample) if exact else None
+
+    def _exactly(self, sample: int) -> Rescorer:
+        """Exact scores along the query's mean gradient; of a cosine over several parts, part by part."""
+        space, loss = self._space, self._space.loss
+        apart = self._scorer == "cosine" and loss.parts is not None
+        losses = [loss.part(k) for k in range(loss.measurements)] if apart else [loss]
+        vectors = [self._mean_gradient(each) for each in losses]
+        if self._scorer == "fisher" and space.store.curvature is not None:
+            drawn = CurvatureSample(space, sample)
+            with bar("exact curvature", drawn.passes) as advance:
+                vectors = [drawn.correct(v, advance) for v in vectors]
+        if apart:
+            tokens = [each.token_losses for each in losses]
+            return Rescorer(space.model, self._fetch, tokens, [vectors], modules=space.modules)
+        return Rescorer(space.model, self._fetch, loss.token_losses, vectors, modules=space.modules)
+
+    def _mean_gradient(self, loss: Any) -> dict[str, Tensor]:
+        total: dict[str, Tensor] = {}
+        for index in range(len(self._questions)):
+            part = gradient(self._space.model, self._questions.fetch([index]), loss, self._space.modules)
+            total = {name: total[name] + g if total else g for name, g in part.items()}
+        return {name: g / len(self._questions) for name, g in total.items()}
+
+    def _fetch(self, rows: Sequence[int]) -> Iterator[Mapping[str, Any]]:
+        for start in range(0, len(rows), _AT_ONCE):
+            yield self._space.fetch(rows[start : start + _AT_ONCE])
+
+    def ask(self, k: int, largest: bool) -> TopK:
+        """The k most influential images; or, with ``largest=False``, those that pull the other way."""
+        return topk(
+            self._space.store,
+            self._features,
+            k,
+            self._scorer,
+            largest,
+            as_set=len(self._questions) > 1,
+            rescore=self._rescorer,
+        )
+
+    def print(self, console: Console, answers: Sequence[TopK]) -> None:
+        """What was asked, then a table per answer."""
+        store = self._space.store
+        how = "exact gradients of a short list" if self._rescorer else f"sketches of {store.spec.dim} numbers"
+        headline = f"  {len(store):,} images, {answers[0].scorer}, {how}"
+        console.print(Text.assemble((str(store.path), "bold"), headline), highlight=False)
+        console.print(f"query  {self._described()}, loss {self._loss():.4g}", style="bold", highlight=False)
+        for top in answers:
+            console.print()
+            title = _HEADINGS[top.largest][0].lower()
+            rows = [
+                (
+                    place,
+                    number(row["score"]),
+                    f"{row['loss']:.4g}",
+                    Text.assemble(row["id"], (f"  {_said(row)}", "dim")),
+                )
+                for place, row in enumerate(self._rows(top), start=1)
+            ]
+            console.print(table(("", "score", "loss", title), rows, wide=title))
+        console.print()
+        console.print(SIGN, style="dim", highlight=False)
+
+    def to_json(self, answers: Sequence[TopK]) -> dict[str, Any]:
+        """The same as plain values."""
+        found: dict[str, Any] = {
+            "store": str(self._space.store.path),
+            "scorer": answers[0].scorer,
+            "exact": self._rescorer is not None,
+            "sign": SIGN,
+            "query": [self._questions.record(i) for i in range(len(self._questions))],
+            "loss": self._loss(),
+        }
+        for top in answers:
+            found["most" if top.largest else "least"] = self._rows(top)
+        return found
+
+    def draw(self, answers: Sequence[TopK], path: Path) -> None:
+        """The same as a picture."""
+        rows = []
+        for top in answers:
+            tiles = []
+            for place, row in enumerate(self._rows(top), start=1):
+                pixels = self._space.data.picture(self._space.index(row["row"])).pixels
+                heat = None if top.tokens is None else np.asarray(row["regions"])
+                tiles.append(Tile(pixels, [f"{place}.  {number(row['score'])}", row["id"], _said(row)], heat))
+            rows.append(Row(*_HEADINGS[top.largest], tiles))
+        asked = Tile(_mosaic(self._questions), [self._described(), self._words()])
+        how = "exact gradients" if self._rescorer else f"sketched gradients ({self._space.store.spec.dim} numbers each)"
+        note = f"Scores: {answers[0].scorer}, {how}; {SIGN}."
+        draw("Which training images made the model draw this?", asked, rows, path, note)
+
+    def _loss(self) -> float:
+        loss = self._features.loss
+        return float("nan") if loss is None else float(loss.mean())
+
+    def _described(self) -> str:
+        first = Path(self._questions.id(0)).name
+        return first if len(self._questions) == 1 else f"{first} and {len(self._questions) - 1} more, as one"
+
+    def _words(self) -> str:
+        said = dict.fromkeys(_said(self._questions.record(i)) for i in range(len(self._questions)))
+        return "; ".join(word for word in said if word)
+
+    def _rows(self, top: TopK) -> list[dict[str, Any]]:
+        rows = []
+        for place, row in enumerate(top.rows[0].tolist()):
+            found: dict[str, Any] = {
+                **self._space.data.record(self._space.index(row)),
+                "row": row,
+                "score": float(top.scores[0, place]),
+                "loss": float(self._space.store.loss[row]),
+            }
+            if top.tokens is not None:
+                regions = torch.from_numpy(np.asarray(top.tokens[0, place], dtype=np.float64))
+                # A cosine over parts keeps their maps apart: together they are the score's.
+                found["regions"] = regions.reshape(-1, *regions.shape[-2:]).sum(0).tolist()
+            rows.append(found)
+        return rows
+
+
+def _said(record: Mapping[str, Any]) -> str:
+    """A caption in quotation marks, or a class."""
+    if record.get("text"):
+        return f"“{record['text']}”"
+    return f"class {record['label']}" if record.get("label") is not None else ""
+
+
+def _mosaic(questions: Dataset) -> np.ndarray:
+    """The query's image; of several the first four, or nine, as one square."""
+    side = 1 if len(questions) == 1 else 2 if len(questions) <= 4 else 3
+    pictures = [questions.picture(i).pixels for i in range(min(len(questions), side * side))]
+    white = np.full_like(pictures[0], 255)
+    pictures += [white] * (side * side - len(pictures))
+    return np.concatenate([np.concatenate(pictures[i * side : (i + 1) * side], axis=1) for i in range(side)])

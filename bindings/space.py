@@ -1,0 +1,134 @@
+"""What a store of any kind needs to be asked: its model, its loss, and the examples behind its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from gradsift.engine.capture.capture import Capture
+from gradsift.engine.capture.features import Features
+from gradsift.engine.capture.maps import Modules, parameters_of
+from gradsift.engine.extraction.fingerprints import adapter_fingerprint, model_fingerprint
+from gradsift.engine.store.reader import FeatureStore
+from gradsift.kernels.errors import DataError
+
+__all__ = ["Examples", "Loss", "Space", "absolute"]
+
+_AT_ONCE = 8
+"""Queries in a batch."""
+
+
+class Examples(Protocol):
+    """Examples that can be looked up by id, and read in batches."""
+
+    def __len__(self) -> int: ...
+    def id(self, index: int) -> str | int:
+        """An example's id."""
+        ...
+
+    def record(self, index: int) -> dict[str, Any]:
+        """The example as it was written."""
+        ...
+
+    def find(self, ids: Sequence[str | int]) -> list[int]:
+        """Where examples stand."""
+        ...
+
+    def fetch(self, indices: Sequence[int]) -> dict[str, Any]:
+        """One batch of these, in this order."""
+        ...
+
+
+class Loss(Protocol):
+    """What a store's rows are gradients of, with everything that answers need of it."""
+
+    @property
+    def kind(self) -> str:
+        """Its name."""
+        ...
+
+    def __call__(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        """One loss per example."""
+        ...
+
+    def token_losses(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        """The loss of each token or position."""
+        ...
+
+    def sampled_batch(self, model: nn.Module, batch: Mapping[str, Any], seeds: Sequence[int]) -> dict[str, Any]:
+        """The batch with drawn targets."""
+        ...
+
+
+class Space:
+    """A store with the model and the data it was made from.
+
+    Args:
+        store: the rows.
+        model: whose gradients they are.
+        loss: of what.
+        modules: over which parameters.
+        data: the examples.
+        places: where "model" and "adapter" are, for what is said when they have changed.
+
+    Raises:
+        DataError: the model or the adapter is another one than the store was made with.
+    """
+
+    def __init__(
+        self,
+        store: FeatureStore,
+        model: nn.Module,
+        loss: Loss,
+        modules: Modules,
+        data: Examples,
+        places: Mapping[str, str],
+    ) -> None:
+        self.store, self.model, self.loss, self.modules, self.data = store, model, loss, modules, data
+        self._compare(places)
+
+    def _compare(self, places: Mapping[str, str]) -> None:
+        """Refuse what has changed since: its gradients would have nothing to do with the rows."""
+        captured = parameters_of(self.model, self.modules)
+        now = {
+            "adapter": adapter_fingerprint(captured),
+            "model": model_fingerprint(self.model, list(captured.values())),
+        }
+        for what, before in self.store.metadata["fingerprints"].items():
+            if now[what] != before:
+                raise DataError(
+                    f"the {what} '{places[what]}' is not the one that '{self.store.path}' was extracted with "
+                    f"(fingerprint {before[:8]}, now {now[what][:8]}): give that one, or extract again"
+                )
+
+    def capture(self, questions: Examples) -> Features:
+        """Features of the queries, in their order."""
+        capture = Capture(self.model, self.store.spec, self.modules)
+        starts = range(0, len(questions), _AT_ONCE)
+        groups = [range(start, min(start + _AT_ONCE, len(questions))) for start in starts]
+        parts = [capture(questions.fetch(group), self.loss) for group in groups]
+        return Features(
+            torch.cat([part.values for part in parts]),
+            torch.cat([part.loss for part in parts if part.loss is not None]),
+            torch.cat([part.grad_norm for part in parts]),
+            parts[0].spec,
+            parts[0].table,
+            parts[0].loss_kind,
+        )
+
+    def index(self, row: int) -> int:
+        """Where the example of a row of the store stands in the data."""
+        return self.data.find([self.store.ids[row]])[0]
+
+    def fetch(self, rows: Sequence[int]) -> dict[str, Any]:
+        """The examples of these rows of the store, as one batch in their order."""
+        return self.data.fetch(self.data.find([self.store.ids[row] for row in rows]))
+
+
+def absolute(place: str | None) -> str | None:
+    """A local path that holds from any folder; a hub id as it is."""
+    return str(Path(place).resolve()) if place is not None and Path(place).exists() else place
