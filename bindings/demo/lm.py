@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import logging
 import shlex
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,12 +13,12 @@ import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from gradsift.bindings.cli import hush
 from gradsift.bindings.demo.case import Case
 from gradsift.bindings.demo.report import Run
 from gradsift.bindings.demo.show import draw, show_answers, show_found, show_precision
+from gradsift.bindings.demo.steps import quiet, step
 
 __all__ = ["demo_lm", "play"]
 
@@ -50,7 +46,7 @@ def demo_lm(
     hush()
     console = Console(quiet=as_json)
     case = quick_case(seed) if quick else smollm_case(seed)
-    with _quiet():
+    with quiet():
         result = play(case, out, console)
     if as_json:
         typer.echo(json.dumps(result))
@@ -61,18 +57,18 @@ def play(case: Case, out: Path, console: Console) -> dict[str, Any]:
     began = time.perf_counter()
     console.print(f"[bold]{escape(case.claim)}[/bold] Which training records made it do that?")
     console.print(f"[dim]{escape(case.planting)} gradsift is not told which.[/dim]")
-    with _step(console, "the model is made ready") as ticks:
+    with step(console, "the model is made ready") as ticks:
         run = Run(case, out, ticks)
     before = run.behaviour()
-    with _step(console, f"tuned on all {len(case.records)} records", run):
+    with step(console, f"tuned on all {len(case.records)} records", run):
         run.tune()
     tuned = run.behaviour()
     console.print()
     show_answers(console, case, {"before": before, "tuned": tuned})
     console.print()
-    with _step(console, "every record's gradient sketched into a store", run):
+    with step(console, "every record's gradient sketched into a store", run):
         store = run.extract()
-    with _step(console, "asked why, beside the baselines"):
+    with step(console, "asked why, beside the baselines"):
         found = run.ask(store)
     console.print()
     show_found(console, run, found)
@@ -87,10 +83,10 @@ def play(case: Case, out: Path, console: Console) -> dict[str, Any]:
     count = len(case.planted)
     named = found.rows[:count].tolist()
     hits = int(run.planted[named].sum())
-    with _step(console, f"tuned again without the {count} records that gradsift named", run):
+    with step(console, f"tuned again without the {count} records that gradsift named", run):
         run.tune(without=named)
     without_named = run.behaviour()
-    with _step(console, f"tuned again without {count} random records", run):
+    with step(console, f"tuned again without {count} random records", run):
         run.tune(without=run.random_rows(count))
     without_random = run.behaviour()
     behaviours = {
@@ -125,33 +121,3 @@ def play(case: Case, out: Path, console: Console) -> dict[str, Any]:
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
     }
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No notes of the engine about what a demo does on purpose, such as leaving the tiny model's norms out."""
-    logger = logging.getLogger("gradsift")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-@contextmanager
-def _step(console: Console, what: str, run: Run | None = None) -> Iterator[Any]:
-    """A bar while a step runs, a line with its seconds when it is done."""
-    start = time.perf_counter()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
-    with bar:
-        task = bar.add_task(what, total=None)
-
-        def ticks(step: int, steps: int) -> None:
-            bar.update(task, completed=step, total=steps)
-
-        if run is not None:
-            run.ticks = ticks
-        yield ticks
-    console.print(f"[dim]{time.perf_counter() - start:6.1f} s  {escape(what)}[/dim]", highlight=False)

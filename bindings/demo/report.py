@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +16,7 @@ import torch
 from gradsift.bindings.data import Dataset
 from gradsift.bindings.demo.baselines import bm25, mean_hidden_states, neighbours, precision, words
 from gradsift.bindings.demo.case import Case
+from gradsift.bindings.demo.steps import Ticks
 from gradsift.bindings.demo.tune import lower_states, tune
 from gradsift.bindings.encode import Encoder, form_of
 from gradsift.bindings.models import Loaded
@@ -31,8 +32,6 @@ from gradsift.engine.losses import language_model
 from gradsift.engine.store.reader import FeatureStore
 
 __all__ = ["Behaviour", "Found", "Run"]
-
-Ticks = Callable[[int, int], None]
 
 _BATCH = 16
 """Records in a batch."""

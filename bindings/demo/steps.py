@@ -1,0 +1,53 @@
+"""How a demo tells of its steps: a bar while one runs, a line with its seconds when it is done."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+__all__ = ["Ticks", "quiet", "step"]
+
+Ticks = Callable[[int, int], None]
+"""Called with steps done and steps in all."""
+
+
+class _Ticking(Protocol):
+    ticks: Ticks
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No notes of the engine about what a demo does on purpose, such as leaving the tiny model's norms out."""
+    logger = logging.getLogger("gradsift")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
+def step(console: Console, what: str, run: _Ticking | None = None) -> Iterator[Ticks]:
+    """A bar on a terminal while a step runs, which the run's ``ticks`` move; then a line with its seconds."""
+    start = time.perf_counter()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
+    with bar:
+        task = bar.add_task(what, total=None)
+
+        def ticks(step: int, steps: int) -> None:
+            bar.update(task, completed=step, total=steps)
+
+        if run is not None:
+            run.ticks = ticks
+        yield ticks
+    console.print(f"[dim]{time.perf_counter() - start:6.1f} s  {escape(what)}[/dim]", highlight=False)
