@@ -28,7 +28,7 @@ class MemoryStore:
     ) -> None:
         self.rows, self.block, self.curvature = rows, block, curvature
         self.ids = [f"example {i}" for i in range(len(rows))]
-        self.grad_norm = (rows.norm(dim=1) if norms is None else norms).numpy()
+        self.grad_norm = (rows.norm(dim=-1) if norms is None else norms).numpy()
         for name, value in attributes.items():
             setattr(self, name, value)
 
@@ -45,7 +45,7 @@ def random_rows(n: int, dim: int = 64, seed: int = 0) -> Tensor:
 
 
 def features(values: Tensor, spec: gs.SketchSpec, table: Any = TABLE, loss_kind: str | None = None) -> Features:
-    return Features(values, torch.zeros(len(values)), values.norm(dim=1), spec, table, loss_kind)
+    return Features(values, torch.zeros(len(values)), values.norm(dim=-1), spec, table, loss_kind)
 
 
 def dense_order(scores: np.ndarray, k: int) -> np.ndarray:

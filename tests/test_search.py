@@ -17,8 +17,8 @@ from torch import Tensor
 
 import gradsift as gs
 from gradsift.engine.answers.fisher import Fisher
+from gradsift.engine.answers.queries import prepare
 from gradsift.engine.answers.rescore import Exact
-from gradsift.engine.answers.search import prepare
 from gradsift.engine.capture.features import TableRow
 from gradsift.engine.losses import language_model
 

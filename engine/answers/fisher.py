@@ -22,7 +22,8 @@ class Fisher:
     sample was drawn would let lambda shrink below what the sample resolves: directions that no row saw would rule.
 
     Args:
-        rows: R, shape (N, dim); read once here in float64, kept in float32.
+        rows: R, shape (N, dim); or (N, parts, dim), whose parts are summed: the Fisher of the loss's sum. Read once
+            here in float64, kept in float32.
         damping: k of the law above. 1 is right for the true Fisher, and results are flat from .1 to 10.
         examples: examples in the store, where known.
 
@@ -36,13 +37,13 @@ class Fisher:
     """
 
     def __init__(self, rows: Tensor, damping: float = 1.0, examples: int | None = None):
-        if rows.ndim != 2 or not len(rows):
+        if rows.ndim not in (2, 3) or not len(rows):
             raise ShapeError(
                 f"curvature rows have shape {tuple(rows.shape)}, expected (N, dim) with N >= 1: extract them again"
             )
         if not damping > 0:
             raise ShapeError(f"damping is {damping}, expected a positive multiple of the mean squared norm such as 1")
-        self.rows = rows
+        self.rows = rows = rows if rows.ndim == 2 else rows.sum(dim=1)
         count = len(rows) if examples is None else min(len(rows), examples)
         trace = float(torch.linalg.vector_norm(rows, dtype=torch.float64) ** 2) / len(rows)
         if not 0 < trace < float("inf"):

@@ -1,26 +1,27 @@
-"""Exact scores of a few examples, token by token, without any of their gradients: directional derivatives."""
+"""Exact scores of a few examples, place by place, without any of their gradients: directional derivatives."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call
+from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import pad
+from torch.overrides import TorchFunctionMode
 
 from gradsift.engine.answers.gradient import state_names
 from gradsift.engine.capture.frozen import evaluating
 from gradsift.engine.capture.maps import Modules, parameters_of
 from gradsift.kernels.errors import BackendError, ShapeError, SpecError
 
-__all__ = ["STEP", "Exact", "Method", "Rescorer", "rescore"]
+__all__ = ["STEP", "Exact", "Method", "Rescorer", "pad_alike", "rescore"]
 
 STEP = 3e-3
 """Length of the move of the weights in a central difference, where errors of curvature and of rounding balance.
@@ -40,8 +41,9 @@ class Exact(NamedTuple):
     """Exact inner products of examples' gradients with one vector.
 
     Attributes:
-        scores: float64 (n,): ``<gradient of example i, v>``, the sum of its tokens.
-        tokens: float64 (n, T): what each token's loss adds, 0 where there is none.
+        scores: float64 (n,): ``<gradient of example i, v>``, the sum of its tokens; (n, parts) for a loss in parts.
+        tokens: float64, shaped as the losses: what each token (n, T) or latent position of an image (n, H, W) adds, 0
+            where there is none; (n, parts, ...) for a loss in parts.
     """
 
     scores: Tensor
@@ -64,7 +66,8 @@ def rescore(
 
     Args:
         batch: what ``token_losses`` reads; all its examples are scored at once.
-        token_losses: ``token_losses(model, batch) -> (n, T)``, 0 where there is no loss.
+        token_losses: ``token_losses(model, batch) -> (n, T)``, 0 where there is no loss; any number of axes after the
+            first, such as (n, H, W) for the latent positions of images.
         v: {canonical parameter name: tensor}, one for every captured parameter, as of ``gradient``.
         method: "central": two forward passes, the weights moved by plus and minus ``STEP * v / |v|``; any attention
             kernel, relative error below 1e-3, float32 models only (in bf16 the difference drowns in rounding: errors of
@@ -75,7 +78,7 @@ def rescore(
 
     Raises:
         SpecError: v's names or shapes are not those of the model's captured parameters.
-        ShapeError: v is zero or not finite, or losses are not (n, T).
+        ShapeError: v is zero or not finite, or losses have no axis of tokens or positions.
         BackendError: "central" on half precision; or no forward derivative of an operation of the model.
     """
     if method not in ("auto", "forward", "central"):
@@ -97,10 +100,13 @@ def rescore(
             tokens = _forward(call, batch, weights, direction)
         else:
             tokens = _central(call, batch, weights, direction, STEP / length)
-    if tokens.ndim != 2:
-        raise ShapeError(f"token losses have shape {tuple(tokens.shape)}, expected (examples, tokens)")
+    if tokens.ndim < 2:
+        raise ShapeError(
+            f"token losses have shape {tuple(tokens.shape)}, expected (examples, tokens) or (examples, height, width): "
+            "give the loss's token_losses"
+        )
     tokens = tokens.to("cpu", torch.float64)
-    return Exact(tokens.sum(dim=1), tokens)
+    return Exact(tokens.flatten(1).sum(dim=1), tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,29 +116,69 @@ class Rescorer:
     Args:
         model: the model whose gradients the store holds.
         fetch: ``fetch(rows)`` gives the batches that hold these rows' examples, in this order.
-        token_losses: as of ``rescore``.
-        vectors: one v per query. For the scorers "dot" and "cosine" the query's ``gradient``; for "fisher" that
-            gradient after ``precondition``, else the exact scores would undo the curvature.
+        token_losses: as of ``rescore``; or one per part of the loss, which a "cosine" over several parts needs since it
+            divides each part by its own norms.
+        vectors: one v per query, or one per query and part. For the scorers "dot" and "cosine" the query's
+            ``gradient``; for "fisher" that gradient after ``precondition``, else the exact scores would undo the
+            curvature.
         method, modules: as of ``rescore``.
     """
 
     model: nn.Module
     fetch: Callable[[Sequence[int]], Iterable[Mapping[str, Any]]]
-    token_losses: TokenLosses
-    vectors: Sequence[Vector]
+    token_losses: TokenLosses | Sequence[TokenLosses]
+    vectors: Sequence[Vector] | Sequence[Sequence[Vector]]
     method: Method = "auto"
     modules: Modules = "lora"
 
     def __call__(self, query: int, rows: np.ndarray) -> Exact:
-        """Exact scores of these rows for one query, in their order; tokens padded with 0 to the longest."""
-        v = self.vectors[query]
-        parts = [
-            rescore(self.model, batch, self.token_losses, v, self.method, modules=self.modules).tokens
+        """Exact scores of these rows for one query, in their order; tokens padded with 0 to the largest batch's."""
+        parts = self._parts(query)
+        batches = [
+            torch.stack(
+                [
+                    rescore(self.model, batch, losses, v, self.method, modules=self.modules).tokens
+                    for losses, v in parts
+                ],
+                dim=1,
+            )
             for batch in self.fetch([int(row) for row in rows])
         ]
-        width = max((part.shape[1] for part in parts), default=0)
-        tokens = torch.cat([pad(part, (0, width - part.shape[1])) for part in parts] or [torch.zeros(0, 0)])
-        return Exact(tokens.sum(dim=1), tokens)
+        tokens = torch.cat(pad_alike(batches)) if batches else torch.zeros(0, len(parts), 0)
+        scores = tokens.flatten(2).sum(dim=2)
+        return Exact(scores, tokens) if isinstance(self.token_losses, Sequence) else Exact(scores[:, 0], tokens[:, 0])
+
+    def _parts(self, query: int) -> list[tuple[TokenLosses, Vector]]:
+        """Each part's losses with the vector of this query that they are differentiated along."""
+        v = self.vectors[query]
+        if isinstance(self.token_losses, Sequence) == isinstance(v, Mapping):
+            raise ShapeError(
+                "a rescorer got token losses for each part but one vector per query, or the other way round: "
+                "give both per part or neither"
+            )
+        if isinstance(v, Mapping):
+            return [(cast(TokenLosses, self.token_losses), v)]
+        losses = cast(Sequence[TokenLosses], self.token_losses)
+        if len(losses) != len(v):
+            raise ShapeError(
+                f"a rescorer got token losses of {len(losses)} parts but {len(v)} vectors of query {query}: "
+                "give one per part, in the order of the loss's parts"
+            )
+        return list(zip(losses, v, strict=True))
+
+
+def pad_alike(parts: Sequence[Tensor]) -> list[Tensor]:
+    """The parts with zeros at the end of every axis but the first, so that all are as large as the largest.
+
+    Args:
+        parts: tensors of one number of axes.
+    """
+    largest = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
+    missing = [[full - size for size, full in zip(part.shape[1:], largest, strict=True)] for part in parts]
+    return [
+        functional.pad(part, [n for axis in reversed(ends) for n in (0, axis)])
+        for part, ends in zip(parts, missing, strict=True)
+    ]
 
 
 class _Losses(nn.Module):
@@ -144,7 +190,7 @@ class _Losses(nn.Module):
         self.token_losses = token_losses
 
     def forward(self, batch: Mapping[str, Any]) -> Tensor:
-        """(n, T)."""
+        """(n, ...)."""
         return self.token_losses(self.model, batch)
 
 
@@ -159,7 +205,7 @@ def _central(call: nn.Module, batch: Mapping[str, Any], weights: Vector, directi
 
 def _forward(call: nn.Module, batch: Mapping[str, Any], weights: Vector, direction: Vector) -> Tensor:
     try:
-        with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level(), warnings.catch_warnings():
+        with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level(), _Contiguous(), warnings.catch_warnings():
             # torch's own formulas for forward mode go through TorchScript, which torch calls deprecated.
             warnings.filterwarnings("ignore", r".*torch\.jit", DeprecationWarning)
             dual = {
@@ -175,6 +221,19 @@ def _forward(call: nn.Module, batch: Mapping[str, Any], weights: Vector, directi
             "attn_implementation='eager' or 'sdpa'"
         ) from error
     return torch.zeros_like(losses) if tangent is None else tangent
+
+
+class _Contiguous(TorchFunctionMode):
+    """Group norms read contiguous memory: torch's forward derivative of theirs refuses channels-last activations.
+
+    An attention block of a UNet hands such activations on, whatever the layout of its input.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one function of torch."""
+        if func is functional.group_norm and args:
+            args = (args[0].contiguous(), *args[1:])
+        return func(*args, **(kwargs or {}))
 
 
 def _length(parameters: Mapping[str, nn.Parameter], v: Vector) -> float:

@@ -5,6 +5,9 @@ terms and u = 2**-24. Every row whose score may be among the k best by that boun
 at a time in a fixed order of summation, and ties go to the lower row. So rows and scores are the same for any block
 size and number of threads.
 
+A row of several parts is one long row here: the product with the parts of a direction is the sum over the parts, and
+dividing each part by its own norm gives a row of parts of length 1, to which the same bound applies.
+
 Source: Higham 2002, Accuracy and Stability of Numerical Algorithms, section 3.1.
 """
 
@@ -49,12 +52,12 @@ class RowStore(Protocol):
 
     @property
     def grad_norm(self) -> Any:
-        """Array-like (n,): exact gradient norms, NaN where not known."""
+        """Array-like (n,), or (n, parts): exact gradient norms, NaN where not known."""
 
     def __len__(self) -> int: ...
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
-        """(first row, float32 features (rows, dim)), in order, covering every row."""
+        """(first row, float32 features (rows, dim) or (rows, parts, dim)), in order, covering every row."""
 
 
 class Best(NamedTuple):
@@ -78,9 +81,9 @@ def scan(
     """The k rows of largest inner product with each direction.
 
     Args:
-        directions: float64, shape (q, dim), none of length 0.
-        norms: float32 (n,), exact gradient norms of the rows; NaN where not known.
-        unit: divide each row by its norm; a row of norm 0 scores 0.
+        directions: float64, shape (q, dim), or (q, parts, dim) for rows of several parts; none of length 0.
+        norms: float32 (n,), or (n, parts): exact gradient norms of the rows; NaN where not known.
+        unit: divide each row, or each part of it, by its norm; what has norm 0 scores 0.
         together: one answer instead of q: a row's score is its largest over the directions.
         skip: bool (n,), rows that are left out.
         memory: bytes that products and candidates may take; at least one row is worked on at a time.
@@ -91,10 +94,11 @@ def scan(
     Raises:
         StoreError: a score is not finite.
     """
+    directions = directions.flatten(1)
     search = _Search(directions, k, norms, skip, unit=unit, together=together)
-    # Five float32 and two 8-byte numbers per score, and the rows themselves where the store copies them.
+    # Six float32 and two 8-byte numbers per score, and the rows themselves where the store copies them.
     copied = 0 if getattr(store, "mapped", False) else 4 * directions.shape[1]
-    at_once = min(memory // (copied + 36 * len(directions)), _GROUP_SCORES // len(directions))
+    at_once = min(memory // (copied + 40 * len(directions)), _GROUP_SCORES // len(directions))
     for start, blocks in _groups(store, max(1, at_once)):
         broken = search.add(start, blocks)
         if broken is not None:
@@ -110,7 +114,8 @@ def _groups(store: RowStore, rows: int) -> Iterator[tuple[int, list[Tensor]]]:
     group: list[Tensor] = []
     start = held = 0
     size = min(rows, _BLOCK_ROWS)
-    for _, whole in store.blocks():
+    for _, parted in store.blocks():
+        whole = parted.flatten(1)
         for block in [whole] if whole.shape[0] <= size else whole.split(size):
             if group and held + block.shape[0] > rows:
                 yield start, group
@@ -143,9 +148,10 @@ class _Search:
         self.gamma = roundoff / (1 - roundoff) + operands + 2.0**-22
         # Twice the exact norm bounds the length of a sketched row with all the room that its own noise needs.
         size = torch.from_numpy(norms)
-        self.weight = torch.where(size > 0, 1 / size, 0.0) if unit else None
-        self.slack = 2 * self.gamma * (size if self.weight is None else size * self.weight)
+        weight = torch.where(size > 0, 1 / size, 0.0) if unit else None
+        self.slack = 2 * self.gamma * _whole(size if weight is None else size * weight)
         self.unknown = bool(size.isnan().any())
+        self.weight = weight if weight is None or weight.ndim == 1 else weight.T.contiguous()
         answers = 1 if together else count
         self.pools = [Best(np.empty(0), np.empty(0, np.int64)) for _ in range(answers)]
         self.floor = torch.full((answers,), -torch.inf)
@@ -156,16 +162,13 @@ class _Search:
         Most hold nothing new, so what all of them cost is kept to a few operations.
         """
         sizes = [block.shape[0] for block in blocks]
-        score = torch.empty(len(self.fast), sum(sizes))
-        for block, part in zip(blocks, score.split(sizes, dim=1), strict=True):
-            torch.mm(self.fast, block.T, out=part)
-        inside = slice(start, start + score.shape[1])
+        inside = slice(start, start + sum(sizes))
+        weight = None if self.weight is None else self.weight[..., inside]
+        score = self._scores(blocks, sizes, weight)
         slack = self.slack[inside]
         if self.unknown:
             lengths = torch.cat([torch.linalg.vector_norm(block, dim=1) for block in blocks])
             slack = torch.where(slack.isnan(), self.gamma * lengths, slack)
-        if self.weight is not None:
-            score *= self.weight[inside]
         if self.relative is not None:
             score, slack = score * self.relative, slack * self.relative
         each = score + slack
@@ -177,6 +180,22 @@ class _Search:
         for g in (top >= self.floor).nonzero()[:, 0].tolist():
             self._candidates(start, blocks, g, each, slack)
         return None
+
+    def _scores(self, blocks: list[Tensor], sizes: list[int], weight: Tensor | None) -> Tensor:
+        """Float32 products (q, rows), weighted: ``weight`` is (rows,), or (parts, rows)."""
+        score = torch.empty(len(self.fast), sum(sizes))
+        places = score.split(sizes, dim=1)
+        if weight is None or weight.ndim == 1:
+            for block, place in zip(blocks, places, strict=True):
+                torch.mm(self.fast, block.T, out=place)
+            return score if weight is None else score.mul_(weight)
+        parts = len(weight)
+        fast = self.fast.chunk(parts, dim=1)
+        score.zero_()
+        for block, place, weights in zip(blocks, places, weight.split(sizes, dim=1), strict=True):
+            for direction, part, by in zip(fast, block.chunk(parts, dim=1), weights, strict=True):
+                place.addcmul_(direction @ part.T, by)
+        return score
 
     def _candidates(self, start: int, blocks: list[Tensor], g: int, each: Tensor, slack: Tensor) -> None:
         """Score exactly what may be among the k best of this answer; ``each`` are the scores plus their slack."""
@@ -197,17 +216,15 @@ class _Search:
         if self.together:
             pair, query = (each[:, local] >= low[local]).T.nonzero(as_tuple=True)
             exact = np.full(len(local), -np.inf)
-            np.maximum.at(exact, pair.numpy(), self._products(blocks, local[pair], query.numpy()))
+            np.maximum.at(exact, pair.numpy(), self._exactly(start, blocks, local[pair], query.numpy()))
         else:
-            exact = self._products(blocks, local, np.full(len(local), g))
-        if self.unit:
-            size = self.norms[rows].astype(np.float64)
-            exact = np.divide(exact, size, out=np.zeros_like(exact), where=size > 0)
+            exact = self._exactly(start, blocks, local, np.full(len(local), g))
         self._merge(g, exact, rows)
 
-    def _products(self, blocks: list[Tensor], rows: Tensor, queries: np.ndarray) -> np.ndarray:
-        """Float64 inner products of (row, query) pairs; each is summed alone, so its bits depend on nothing else."""
-        out = np.empty(len(rows))
+    def _exactly(self, start: int, blocks: list[Tensor], rows: Tensor, queries: np.ndarray) -> np.ndarray:
+        """Float64 scores of (row, query) pairs; each is summed alone, so its bits depend on nothing else."""
+        parts = self.norms.shape[1] if self.unit and self.norms.ndim == 2 else 1
+        out = np.empty((len(rows), parts))
         step = max(1, _EXACT_NUMBERS // self.exact.shape[1])
         ends = np.cumsum([len(block) for block in blocks])
         which = np.searchsorted(ends, rows.numpy(), side="right")
@@ -217,8 +234,11 @@ class _Search:
             picked = zip(which[part].tolist(), place[part].tolist(), strict=True)
             x = torch.stack([blocks[b][i] for b, i in picked]).to(torch.float64).numpy()
             x *= self.exact[queries[part]]
-            out[part] = x.sum(axis=1)
-        return out
+            out[part] = x.reshape(len(x), parts, -1).sum(axis=2)
+        if self.unit:
+            size = self.norms[start + rows.numpy()].astype(np.float64).reshape(out.shape)
+            out = np.divide(out, size, out=np.zeros_like(out), where=size > 0)
+        return np.asarray(out.sum(axis=1))
 
     def _merge(self, g: int, scores: np.ndarray, rows: np.ndarray) -> None:
         pool = self.pools[g]
@@ -227,3 +247,8 @@ class _Search:
         self.pools[g] = Best(scores[order], rows[order])
         if len(order) == self.k:
             self.floor[g] = scores[order[-1]] / float(self.scale[g])
+
+
+def _whole(norms: Tensor) -> Tensor:
+    """Norms (n,) of rows, also from those of their parts (n, parts)."""
+    return norms if norms.ndim == 1 else torch.linalg.vector_norm(norms, dim=1)

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from gradsift.engine.answers.queries import Scorer, prepare
 from gradsift.engine.answers.scan import RowStore, scan
-from gradsift.engine.answers.search import MEMORY, SIGN, Scorer, ids_of, prepare
+from gradsift.engine.answers.search import MEMORY, SIGN, ids_of
 from gradsift.engine.capture.features import Features
 from gradsift.kernels.errors import DataError, ShapeError, SpecError
 
@@ -62,7 +62,7 @@ def select(
     cut into blocks.
 
     Args:
-        targets: features of examples of what the model should do, q of them; or a tensor (q, dim).
+        targets: features of examples of what the model should do, q of them; or a tensor, as of ``topk``.
         budget: a share of the store's rows below 1, rounded down; or a number of rows.
         method: "top".
         reduce: a row's score is its largest over the targets, so that each target can bring in rows of its own; or
@@ -77,12 +77,12 @@ def select(
         raise SpecError(f"method is {method!r} with reduce {reduce!r}, expected 'top' with 'max' or 'mean'")
     count = _rows(budget, len(store))
     prepared = prepare(store, targets, scorer, damping=damping)
-    directions = prepared.directions / torch.from_numpy(prepared.lengths)[:, None]
+    directions = prepared.directions
     if reduce == "mean":
         directions = directions.mean(dim=0, keepdim=True)
         if not bool(directions.any()):
             raise ShapeError("the targets' gradients cancel out, so their mean ranks nothing: use reduce='max'")
-    empty = prepared.norms == 0
+    empty = (prepared.norms == 0).reshape(len(store), -1).all(axis=1)
     best = scan(
         store,
         directions,
@@ -96,7 +96,7 @@ def select(
     dropped = np.flatnonzero(empty)
     if len(dropped):
         logger.warning(
-            "%d rows have no gradient and were left out, such as row %d (id %r): no token of theirs carries loss",
+            "%d rows have no gradient and were left out, such as row %d (id %r): nothing of theirs carries loss",
             len(dropped),
             dropped[0],
             store.ids[int(dropped[0])],
