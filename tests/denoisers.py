@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,3 +65,31 @@ def take(batch: dict[str, Any], rows: Sequence[int]) -> dict[str, Any]:
 
 def ddpm_loss(**options: Any) -> Diffusion:
     return gs.losses.Diffusion(NoiseSchedule.of(DDPMScheduler()), **options)  # type: ignore[no-any-return]
+
+
+SPEC = gs.SketchSpec(dim=64, seed=5)
+
+
+def batches(sizes: Sequence[int] = (3, 4, 2, 3)) -> list[dict[str, Any]]:
+    """Batches of one data set, ids ``image 0`` and on."""
+    n = sum(sizes)
+    data = images(n, ids=[f"image {i}" for i in range(n)])
+    ends = torch.tensor(sizes).cumsum(0).tolist()
+    return [take(data, range(end - size, end)) for size, end in zip(sizes, ends, strict=True)]
+
+
+def diffusion_extract(path: Path, **settings: Any) -> gs.FeatureStore:
+    """A small store of a tiny UNet; three parts unless another ``loss_fn`` is given."""
+    arguments: dict[str, Any] = {
+        "model": tiny_unet(),
+        "loader": batches(),
+        "loss_fn": ddpm_loss(measurements=3, parts=True),
+        "path": path,
+        "spec": SPEC,
+        "modules": MAPS,
+        "block": 5,
+        "curvature": 9,
+        "progress": False,
+        **settings,
+    }
+    return gs.extract(**arguments)

@@ -28,16 +28,27 @@ class SlowLoss(ToyLoss):
         return super().sampled(model, batch, seeds)
 
 
-def run(path: Path, instant: str | None = None, count: int = 0, counted: Path | None = None) -> None:
+def slow_toy(path: Path) -> None:
+    toy_extract(path, loss_fn=SlowLoss())
+
+
+def run(
+    path: Path,
+    instant: str | None = None,
+    count: int = 0,
+    counted: Path | None = None,
+    extract: Callable[[Path], Any] = slow_toy,
+) -> None:
     """Extract to ``path``; die at the ``count``-th ``instant`` if one is given.
 
     Args:
         counted: a file that receives how often a file was put in its place.
+        extract: extracts to a path.
     """
     torch.set_num_threads(1)
     renames = _hook(Path, "replace", instant, "before rename", "after rename", count)
     _hook(os, "fsync", instant, "half written", None, count)
-    toy_extract(path, loss_fn=SlowLoss())
+    extract(path)
     if counted is not None:
         counted.write_text(str(renames()))
 
