@@ -63,7 +63,7 @@ class CurvatureSample:
         space = self._space
         batch = space.data.fetch(space.data.find([name for name, _ in draws]))
         seeds = [seed_of(space.store.spec.seed, name, draw) for name, draw in draws]
-        return space.loss.sampled_batch(space.model, batch, seeds)
+        return space.summed.sampled_batch(space.model, batch, seeds)
 
     def correct(self, v: Mapping[str, Tensor], advance: Callable[[], None]) -> dict[str, Tensor]:
         """``(F + lambda I)^-1 v`` with the unsketched Fisher of this sample; ``advance`` is called after each batch."""
@@ -71,7 +71,7 @@ class CurvatureSample:
             self._space.model,
             v,
             _Counted(self._batches, advance),
-            self._space.loss,
+            self._space.summed,
             self._fisher,
             steps=_STEPS,
             modules=self._space.modules,

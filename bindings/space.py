@@ -13,6 +13,7 @@ from gradsift.engine.capture.capture import Capture
 from gradsift.engine.capture.features import Features
 from gradsift.engine.capture.maps import Modules, parameters_of
 from gradsift.engine.extraction.fingerprints import adapter_fingerprint, model_fingerprint
+from gradsift.engine.extraction.passes import parts_of
 from gradsift.engine.store.reader import FeatureStore
 from gradsift.kernels.errors import DataError
 
@@ -74,6 +75,7 @@ class Space:
         modules: over which parameters.
         data: the examples.
         places: where "model" and "adapter" are, for what is said when they have changed.
+        summed: the same loss where ``loss`` keeps parts apart: one number per example, the sum over its parts.
 
     Raises:
         DataError: the model or the adapter is another one than the store was made with.
@@ -87,8 +89,10 @@ class Space:
         modules: Modules,
         data: Examples,
         places: Mapping[str, str],
+        summed: Loss | None = None,
     ) -> None:
         self.store, self.model, self.loss, self.modules, self.data = store, model, loss, modules, data
+        self.summed = summed or loss
         self._compare(places)
 
     def _compare(self, places: Mapping[str, str]) -> None:
@@ -110,7 +114,8 @@ class Space:
         capture = Capture(self.model, self.store.spec, self.modules)
         starts = range(0, len(questions), _AT_ONCE)
         groups = [range(start, min(start + _AT_ONCE, len(questions))) for start in starts]
-        parts = [capture(questions.fetch(group), self.loss) for group in groups]
+        together = len(parts_of(self.loss))
+        parts = [capture(questions.fetch(group), self.loss).fold(together) for group in groups]
         return Features(
             torch.cat([part.values for part in parts]),
             torch.cat([part.loss for part in parts if part.loss is not None]),

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
-import torch
 from rich.console import Console
 from rich.text import Text
 from torch import Tensor
@@ -51,9 +50,9 @@ class Asker:
 
     def _exactly(self, sample: int) -> Rescorer:
         """Exact scores along the query's mean gradient; of a cosine over several parts, part by part."""
-        space, loss = self._space, self._space.loss
-        apart = self._scorer == "cosine" and loss.parts is not None
-        losses = [loss.part(k) for k in range(loss.measurements)] if apart else [loss]
+        space = self._space
+        apart = self._scorer == "cosine" and space.loss.parts is not None
+        losses = [space.loss.part(k) for k in range(space.loss.measurements)] if apart else [space.summed]
         vectors = [self._mean_gradient(each) for each in losses]
         if self._scorer == "fisher" and space.store.curvature is not None:
             drawn = CurvatureSample(space, sample)
@@ -62,7 +61,7 @@ class Asker:
         if apart:
             tokens = [each.token_losses for each in losses]
             return Rescorer(space.model, self._fetch, tokens, [vectors], modules=space.modules)
-        return Rescorer(space.model, self._fetch, loss.token_losses, vectors, modules=space.modules)
+        return Rescorer(space.model, self._fetch, space.summed.token_losses, vectors, modules=space.modules)
 
     def _mean_gradient(self, loss: Any) -> dict[str, Tensor]:
         total: dict[str, Tensor] = {}
@@ -133,10 +132,12 @@ class Asker:
                 pixels = self._space.data.picture(self._space.index(row["row"])).pixels
                 heat = None if top.tokens is None else np.asarray(row["regions"])
                 tiles.append(Tile(pixels, [f"{place}.  {number(row['score'])}", row["id"], _said(row)], heat))
-            rows.append(Row(*_HEADINGS[top.largest], tiles))
+            heading, sentence = _HEADINGS[top.largest]
+            mapped = "" if top.tokens is None else "; below each: which of its regions do"
+            rows.append(Row(heading, sentence + mapped, tiles))
         asked = Tile(_mosaic(self._questions), [self._described(), self._words()])
         how = "exact gradients" if self._rescorer else f"sketched gradients ({self._space.store.spec.dim} numbers each)"
-        note = f"Scores: {answers[0].scorer}, {how}; {SIGN}."
+        note = f"Score: how much training on an image lowers the loss on this picture ({answers[0].scorer}, {how})."
         draw("Which training images made the model draw this?", asked, rows, path, note)
 
     def _loss(self) -> float:
@@ -161,9 +162,7 @@ class Asker:
                 "loss": float(self._space.store.loss[row]),
             }
             if top.tokens is not None:
-                regions = torch.from_numpy(np.asarray(top.tokens[0, place], dtype=np.float64))
-                # A cosine over parts keeps their maps apart: together they are the score's.
-                found["regions"] = regions.reshape(-1, *regions.shape[-2:]).sum(0).tolist()
+                found["regions"] = top.tokens[0, place].tolist()
             rows.append(found)
         return rows
 

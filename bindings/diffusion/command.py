@@ -159,7 +159,6 @@ def _extract(
         data=str(absolute(data)),
         lora=absolute(lora),
         encoders=encoder.fingerprint,
-        loss=loss.settings,
         resolution=encoder.resolution,
         dtype=dtype.value,
         modules=selected,

@@ -97,7 +97,7 @@ def overlay(pixels: np.ndarray, heat: np.ndarray, top: float) -> np.ndarray:
     fine = interpolate(values, size=(height, width), mode="bilinear", align_corners=False)[0, 0].numpy()
     strength = np.clip(np.abs(fine) / top, 0, 1)[..., None] if top else np.zeros((height, width, 1))
     colour = np.where(fine[..., None] >= 0, np.array(PULLS), np.array(PUSHES))
-    grey = 255 - 0.75 * (255 - pixels.mean(axis=2, keepdims=True))
+    grey = 255 - 0.5 * (255 - pixels.mean(axis=2, keepdims=True))
     return np.round((1 - 0.85 * strength) * grey + 0.85 * strength * colour).astype(np.uint8)
 
 
@@ -139,11 +139,11 @@ def _legend(page: Any, pen: Any, x: int, y: int) -> None:
     """The colours of heat maps from one end to the other."""
     ramp = np.linspace(-1, 1, 240, dtype=np.float32)[None].repeat(14, axis=0)
     bar = overlay(np.full((14, 240, 3), 255, dtype=np.uint8), ramp, 1.0)
-    words = "this region pushes the query's loss up", "this region pulls it down"
+    words = "this region pulls away from the picture asked about", "this region pulls towards it"
     before = int(pen.textlength(words[0], font=_font(_TEXT))) + 10
     pen.text((x, y), words[0], font=_font(_TEXT), fill=_INK)
     page.paste(require("PIL.Image").fromarray(bar), (x + before, y + 2))
-    pen.text((x + before + 250, y), f"{words[1]}; one scale for all images", font=_font(_TEXT), fill=_INK)
+    pen.text((x + before + 250, y), f"{words[1]} (one scale for all)", font=_font(_TEXT), fill=_INK)
 
 
 def _page(width: int, height: int) -> tuple[Any, Any]:

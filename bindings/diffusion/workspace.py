@@ -30,7 +30,6 @@ class Notes:
         resolution: of the images.
         prompt: the caption of images that have none.
         encoders: fingerprint of what made latents and text encodings.
-        loss: settings of the loss.
         trained_on: what is measured, in words.
         kind: that these are notes of a diffusion model.
     """
@@ -38,7 +37,6 @@ class Notes:
     model: str
     data: str
     encoders: str
-    loss: Mapping[str, Any]
     resolution: int
     lora: str | None = None
     dtype: str | None = None
@@ -79,6 +77,7 @@ class Workspace(Space):
 
     data: Dataset
     loss: Diffusion
+    summed: Diffusion
 
     def __init__(self, store: FeatureStore, notes: Notes, device: str | None = None) -> None:
         self.notes = notes
@@ -90,9 +89,11 @@ class Workspace(Space):
                 "give that one, or extract again"
             )
         data = Dataset(open_images(notes.data), self._encoder, notes.prompt, check=False)
-        loss = Diffusion.from_settings(notes.loss, predict=self.pipeline.family.predict)
+        settings, predict = store.metadata["loss"]["settings"], self.pipeline.family.predict
+        loss = Diffusion.from_settings(settings, predict)
+        summed = Diffusion.from_settings({**settings, "parts": False}, predict)
         places = {"model": notes.model, "adapter": notes.lora or notes.model}
-        super().__init__(store, self.pipeline.denoiser, loss, notes.modules, data, places)
+        super().__init__(store, self.pipeline.denoiser, loss, notes.modules, data, places, summed)
 
     def questions(self, images: Sequence[Path], prompt: str | None, label: int | None) -> Dataset:
         """Queries that are images of the user's, all of them checked."""
