@@ -23,7 +23,8 @@ from transformers import (
 )
 
 import gradsift as gs
-from gradsift.engine.check.batches import take, without_padding
+from gradsift.engine.check.batches import cast, take, without_padding
+from gradsift.engine.check.parts import kind_of
 from gradsift.engine.check.report import Report
 from gradsift.engine.check.retrieval import overlap
 from gradsift.engine.check.run import CHECKS, check
@@ -463,6 +464,29 @@ def test_one_example_of_a_packed_batch() -> None:
     one = take(batch, [2], len(offsets) - 1)
     assert torch.equal(one["input_ids"], batch["input_ids"][:, offsets[2] : offsets[3]])
     assert one["segments"].tolist() == [0, int(offsets[3] - offsets[2])]
+
+
+def test_one_example_of_nested_conditions() -> None:
+    nested = {"latents": torch.arange(6.0).view(3, 2), "added_cond_kwargs": {"time_ids": torch.arange(3), "scale": 2}}
+    one = take(nested, [1], 3)
+    assert one["latents"].tolist() == [[2, 3]]
+    assert one["added_cond_kwargs"]["time_ids"].tolist() == [1]
+    assert one["added_cond_kwargs"]["scale"] == 2
+    assert cast(nested, torch.float64)["added_cond_kwargs"]["time_ids"].dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("model.layers.3.self_attn.q_proj", "q_proj"),
+        ("up_blocks.1.attentions.0.to_out.0", "to_out.*"),
+        ("blocks.0.net.0.proj", "proj"),
+        ("layers.2.1", "layers.*.*"),
+        ("0", "*"),
+    ],
+)
+def test_kind_of_a_map(name: str, kind: str) -> None:
+    assert kind_of(name) == kind
 
 
 def test_padding_is_taken_off_where_it_carries_no_label() -> None:

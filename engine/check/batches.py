@@ -90,7 +90,7 @@ def cast(batch: Batch, dtype: torch.dtype) -> Batch:
 
 def _over(batch: Batch, part: Any) -> Batch:
     if isinstance(batch, Mapping):
-        return {key: part(value) for key, value in batch.items()}
+        return {key: _over(value, part) if isinstance(value, Mapping) else part(value) for key, value in batch.items()}
     if isinstance(batch, list | tuple):
         return type(batch)(part(value) for value in batch)
     return part(batch)

@@ -35,9 +35,10 @@ class Parts(NamedTuple):
 
 
 def kind_of(name: str) -> str:
-    """What maps of one kind share: the last part of the name; the whole name without its numbers where that is one."""
-    parts = name.split(".")
-    return parts[-1] if not parts[-1].isdigit() else ".".join("*" if part.isdigit() else part for part in parts)
+    """What maps of one kind share: the last part of the name that is no number, such as "q_proj" or "to_out.*"."""
+    parts = ["*" if part.isdigit() else part for part in name.split(".")]
+    named = [place for place, part in enumerate(parts) if part != "*"]
+    return ".".join(parts[named[-1] :] if named else parts)
 
 
 class PartCapture(Capture):
