@@ -235,6 +235,18 @@ def test_sampled_does_not_depend_on_the_batch_and_can_be_kept() -> None:
         loss.sampled(model, batch, [5, 6])
 
 
+def test_sampled_survives_a_central_difference() -> None:
+    model, batch = tiny_unet(), images(3)
+    loss = ddpm_loss(measurements=2)
+    kept = loss.sampled_batch(model, batch, [1, 2, 3])
+    v = gs.gradient(model, take(batch, [0]), loss, modules=MAPS)
+    found = gs.rescore(model, kept, lambda m, b: loss(m, b)[:, None], v, "central", modules=MAPS).scores
+    for i in range(3):
+        own = gs.gradient(model, take(kept, [i]), loss, modules=MAPS)
+        exact = sum(float((own[name].double() * v[name].double()).sum()) for name in v)
+        assert float(found[i]) == pytest.approx(exact, abs=1e-3 * float(found.abs().max()))
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")
 @pytest.mark.parametrize("measure", ["loss", "squared_prediction", "sampled"])
 def test_forward_mode_is_backward_mode(measure: Any) -> None:

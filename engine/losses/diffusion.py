@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from math import prod
 from typing import Any, Literal, NamedTuple, Self, get_args
 
 import numpy as np
@@ -270,7 +271,7 @@ class Diffusion:
                 "'ids' in the batch"
             )
         keys = [counter_key("noise", self.seed, example, k) for example in ids for k in self._chosen]
-        return _normal(keys, shape).unflatten(0, (len(ids), len(self._chosen)))
+        return _normal(keys, shape).view(len(ids), len(self._chosen), *shape)
 
     def _draws(self, seeds: Sequence[int], prediction: Tensor) -> Tensor:
         """Unit normal numbers for ``sampled``, shaped as the prediction."""
@@ -293,6 +294,8 @@ def _noise(key: int, shape: tuple[int, ...]) -> Tensor:
 
 
 def _normal(keys: Sequence[int], shape: tuple[int, ...]) -> Tensor:
-    """Standard normal numbers of each key, float32 (keys, *shape)."""
-    numbers = counter_normal(np.array(keys, dtype=np.uint64), int(np.prod(shape)))
-    return torch.from_numpy(numbers.astype(np.float32)).view(len(keys), *shape)
+    """Standard normal numbers of each key, float32 (keys, *shape); one key at a time, whose float64 fits a cache."""
+    numbers = np.empty((len(keys), prod(shape)), dtype=np.float32)
+    for row, key in zip(numbers, keys, strict=True):
+        row[:] = counter_normal(np.array([key], dtype=np.uint64), prod(shape))[0]
+    return torch.from_numpy(numbers).view(len(keys), *shape)
