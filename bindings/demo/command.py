@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from gradsift.bindings.demo.diffusion import demo_diffusion
 from gradsift.bindings.demo.lm import demo_lm
 
 __all__ = ["app"]
@@ -17,8 +18,4 @@ app = typer.Typer(
     help="Watch gradsift find planted training examples, from nothing, on this machine.",
 )
 app.command(name="lm")(demo_lm)
-
-
-@app.callback()
-def _demos() -> None:
-    """Keep `lm` a command of its own while there is only one."""
+app.command(name="diffusion")(demo_diffusion)
