@@ -144,7 +144,7 @@ class Images(Operands):
     def pieces(self) -> Iterator[Piece]:
         """Patches in memory where those of an example are within the bound.
 
-        Else its gradient itself, which is the sum of the outer products of its rows with unit vectors.
+        Else its gradient itself, which is the sum of the outer products of its rows (or columns) with unit vectors.
         """
         size = sum(self._each * _unfolded(x, g, window) for x, g, window in self._uses)
         step = UNFOLDED // size if size else 0
@@ -158,8 +158,10 @@ class Images(Operands):
             return
         for i in range(self.n):
             grad, transposed = self.gradients(i, i + 1)
-            unit = torch.eye(grad.shape[1], dtype=grad.dtype, device=grad.device)[None]
-            yield Piece(i, i + 1, *((unit, grad) if transposed else (grad, unit)), None)
+            whole = grad.mT if transposed else grad
+            unit = torch.eye(min(self.widths), dtype=grad.dtype, device=grad.device)[None]
+            few_rows = self.widths[0] <= self.widths[1]
+            yield Piece(i, i + 1, *((whole.contiguous(), unit) if few_rows else (unit, whole.mT.contiguous())), None)
 
     def _blocks(self, first: int, last: int, x: Tensor, g: Tensor) -> Iterator[_Block]:
         """Examples first..last in blocks within the bound."""
