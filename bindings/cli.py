@@ -27,6 +27,7 @@ from gradsift.kernels.errors import DataError, GradsiftError
 
 if TYPE_CHECKING:
     from gradsift.bindings.workspace import Workspace
+    from gradsift.engine.answers.select import Selection
 
 __all__ = ["app", "main"]
 
@@ -46,6 +47,8 @@ _ELSEWHERE = {
 _DIFFUSION = {
     "extract": ("gradsift.bindings.diffusion.command", "extract"),
     "query": ("gradsift.bindings.diffusion.command", "query"),
+    "select": ("gradsift.bindings.diffusion.command", "select"),
+    "check": ("gradsift.bindings.diffusion.check", "app"),
 }
 """Where the twins of commands for diffusion models are: module, and typer app."""
 
@@ -69,7 +72,7 @@ class _Elsewhere(TyperCommand):
         return real.make_context(info_name, args, parent=parent, **extra)
 
 
-class _OfKind(TyperCommand):
+class OfKind(TyperCommand):
     """A command that has a twin for diffusion models, with options of its own: chosen by --kind, or by the store."""
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
@@ -164,7 +167,7 @@ OtherAdapter = Annotated[str | None, typer.Option("--adapter", help="Where the a
 OtherData = Annotated[str | None, typer.Option("--train", help="Where the training data is now, if it moved.")]
 
 
-@app.command(cls=_OfKind)
+@app.command(cls=OfKind)
 def extract(
     model: Annotated[
         str, typer.Option(help="Folder, Hugging Face id, or .gguf file of the base model.", show_default=False)
@@ -284,7 +287,7 @@ def extract(
     console.print(f"next  gradsift query {escape(str(out))} {escape(ask)}", highlight=False)
 
 
-@app.command(cls=_OfKind)
+@app.command(cls=OfKind)
 def query(
     store: Store,
     text: Annotated[str | None, typer.Option(help="Text whose loss is to be explained.")] = None,
@@ -343,7 +346,7 @@ def query(
         asker.print(Console(), answers, whole)
 
 
-@app.command()
+@app.command(cls=OfKind)
 def select(
     store: Store,
     targets: Annotated[
@@ -374,18 +377,7 @@ def select(
     count = parse_budget(budget, len(FeatureStore.open(store)))
     space = _workspace(store, model, adapter, train, device)
     chosen = write_selection(space, space.questions(targets), count, scorer.value, reduce.value, out)
-    best, last = float(chosen.scores[0]), float(chosen.scores[-1])
-    if as_json:
-        print(
-            json.dumps(
-                {"out": str(out), "chosen": len(chosen.rows), "of": len(space.store), "best": best, "last": last}
-            )
-        )
-    else:
-        Console().print(
-            f"[green]done[/green]  {escape(str(out))}: {len(chosen.rows):,} of {len(space.store):,} examples, "
-            f"scores {best:+.4g} to {last:+.4g}"
-        )
+    print_selection(chosen, out, len(space.store), as_json)
 
 
 @app.command()
@@ -446,6 +438,29 @@ class _Notes(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         console = Console(stderr=True, highlight=False, soft_wrap=True)
         console.print(f"[yellow]note[/yellow]   {escape(self.format(record))}")
+
+
+def print_selection(chosen: Selection, out: Path, total: int, as_json: bool) -> None:
+    """What was chosen, of how many."""
+    best, last = float(chosen.scores[0]), float(chosen.scores[-1])
+    if as_json:
+        print(json.dumps({"out": str(out), "chosen": len(chosen.rows), "of": total, "best": best, "last": last}))
+    else:
+        Console().print(
+            f"[green]done[/green]  {escape(str(out))}: {len(chosen.rows):,} of {total:,} examples, "
+            f"scores {best:+.4g} to {last:+.4g}"
+        )
+
+
+@contextmanager
+def status() -> Iterator[Any]:
+    """What is being done now, on a terminal."""
+    console = Console(stderr=True)
+    if not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    with console.status("") as status:
+        yield status.update
 
 
 def hush() -> None:

@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from gradsift.bindings.data import Dataset
-from gradsift.bindings.workspace import Workspace
+from gradsift.bindings.space import Examples, Space
 from gradsift.engine.answers.select import Selection, select, write_jsonl
 from gradsift.kernels.errors import DataError
 
@@ -37,7 +36,7 @@ def parse_budget(text: str, examples: int) -> int:
     return max(1, round(value))
 
 
-def write_selection(space: Workspace, targets: Dataset, budget: int, scorer: str, reduce: str, out: Path) -> Selection:
+def write_selection(space: Space, targets: Examples, budget: int, scorer: str, reduce: str, out: Path) -> Selection:
     """Select and write; the file appears whole or not at all.
 
     Each line is the record as it was, with ``id`` and ``score`` (``gradsift_score`` where the record has a
@@ -55,7 +54,7 @@ def write_selection(space: Workspace, targets: Dataset, budget: int, scorer: str
     return chosen
 
 
-def _lines(space: Workspace, chosen: Selection) -> Iterator[dict[str, Any]]:
+def _lines(space: Space, chosen: Selection) -> Iterator[dict[str, Any]]:
     for row, score in zip(chosen.rows.tolist(), chosen.scores.tolist(), strict=True):
         index = space.index(row)
         record = space.data.record(index)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +10,7 @@ import numpy as np
 import typer
 from rich.console import Console
 
-from gradsift.bindings.cli import AsJson, Device, Precision
+from gradsift.bindings.cli import AsJson, Device, Kind, ModelKind, OfKind, Precision, status
 from gradsift.kernels.errors import DataError
 
 if TYPE_CHECKING:
@@ -29,7 +26,7 @@ _ONE_BY_ONE = 8
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
 
 
-@app.command(name="check", context_settings={"help_option_names": ["-h", "--help"]})
+@app.command(name="check", cls=OfKind, context_settings={"help_option_names": ["-h", "--help"]})
 def check(
     model: Annotated[
         str, typer.Option(help="Folder, Hugging Face id, or .gguf file of the base model.", show_default=False)
@@ -37,6 +34,7 @@ def check(
     data: Annotated[
         str, typer.Option(help="The training data, as for extract; a few examples are read.", show_default=False)
     ],
+    kind: ModelKind = Kind.lm,
     adapter: Annotated[str | None, typer.Option(help="Folder or Hugging Face id of the LoRA adapter.")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="If it is not beside the adapter or the model.")] = None,
     dim: Annotated[int, typer.Option(help="Numbers per example, a multiple of 64.")] = 4096,
@@ -73,7 +71,7 @@ def check(
 
     [bold]... --dtype bfloat16 --device cuda:0[/bold]   as you are going to run extract
     """
-    from gradsift.bindings.check.render import print_report
+    from gradsift.bindings.check.render import masked, print_report
     from gradsift.bindings.cli import hush
     from gradsift.bindings.data import Dataset
     from gradsift.bindings.models import load
@@ -82,7 +80,7 @@ def check(
 
     spec = SketchSpec(dim=dim, seed=seed)
     hush()
-    with _status() as tell:
+    with status() as tell:
         tell("loading the model")
         loaded = load(model, adapter, tokenizer=tokenizer, dtype=dtype and dtype.value, device=device)
         if adapter is not None:
@@ -111,7 +109,8 @@ def check(
     if as_json:
         typer.echo(json.dumps(_to_json(report, dataset, spec.dim, model, adapter, data)))
     else:
-        print_report(Console(), report, dataset, rows[0], spec.dim)
+        console = Console()
+        print_report(console, report, len(dataset), spec.dim, masked(console, dataset, rows[0]))
     if not report.ok:
         raise typer.Exit(1)
 
@@ -151,14 +150,3 @@ def _to_json(report: Report, dataset: Dataset, dim: int, model: str, adapter: st
         "dim": dim,
         **report.to_dict(),
     }
-
-
-@contextmanager
-def _status() -> Iterator[Any]:
-    """What is being done now, on a terminal."""
-    console = Console(stderr=True)
-    if not sys.stderr.isatty():
-        yield lambda _: None
-        return
-    with console.status("") as status:
-        yield status.update

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -14,7 +14,7 @@ from gradsift.bindings.data import Dataset
 from gradsift.engine.check.report import KindRow, Report, Result
 from gradsift.engine.losses import IGNORE
 
-__all__ = ["mask", "print_report"]
+__all__ = ["mask", "masked", "print_report"]
 
 _MARKS = {
     "ok": ("✓", "green"),
@@ -32,17 +32,17 @@ _LEGEND = (
 )
 
 
-def print_report(console: Console, report: Report, dataset: Dataset, row: int, dim: int) -> None:
+def print_report(console: Console, report: Report, total: int, dim: int, trained: Sequence[RenderableType]) -> None:
     """Print everything that a check found.
 
     Args:
-        dataset: what the examples come from.
-        row: the example whose mask is shown.
+        total: examples in the data.
         dim: of the sketch.
+        trained: what is trained on.
     """
     one_by_one, ranked = report.examples
     console.print(
-        f"{one_by_one} examples one by one and up to {ranked} in rankings, of {len(dataset):,} in the data",
+        f"{one_by_one} examples one by one and up to {ranked} in rankings, of {total:,} in the data",
         highlight=False,
     )
     if report.kinds:
@@ -52,13 +52,18 @@ def print_report(console: Console, report: Report, dataset: Dataset, row: int, d
     console.print()
     console.print(_checks(report.results))
     console.print()
-    console.print(
-        Text.assemble(("trained on", "bold"), f": {dataset.encoder.trained_on}; for example, ", _name(dataset, row))
-    )
-    console.print(Padding(mask(*_pieces(dataset, row), marks=console.no_color or not console.is_terminal), (0, 2)))
+    for part in trained:
+        console.print(part)
     console.print()
     mark, style = _MARKS["fail" if not report.ok else "warn" if report.warned else "ok"]
     console.print(Text(f"{mark} {report.verdict}", style=style if style.startswith("bold") else f"bold {style}"))
+
+
+def masked(console: Console, dataset: Dataset, row: int) -> tuple[RenderableType, ...]:
+    """What a language model is trained on, in words and as one example with its mask."""
+    marks = console.no_color or not console.is_terminal
+    said = Text.assemble(("trained on", "bold"), f": {dataset.encoder.trained_on}; for example, ", _name(dataset, row))
+    return said, Padding(mask(*_pieces(dataset, row), marks=marks), (0, 2))
 
 
 def mask(pieces: Sequence[str], trained: Sequence[bool], marks: bool = False) -> Text:

@@ -1,4 +1,4 @@
-"""`gradsift extract --kind diffusion`, and `gradsift query` of a store that it wrote."""
+"""`gradsift extract --kind diffusion`, and `gradsift query` and `select` of a store that it wrote."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.console import Console
@@ -24,16 +24,24 @@ from gradsift.bindings.cli import (
     OtherData,
     OtherModel,
     Precision,
+    Reduce,
     Scorer,
     Store,
     StorePrecision,
+    print_selection,
 )
 from gradsift.kernels.errors import DataError
 
-__all__ = ["extract", "query"]
+if TYPE_CHECKING:
+    from gradsift.bindings.diffusion.workspace import Workspace
+
+__all__ = ["extract", "query", "select"]
 
 extract = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
+select = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
 query = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
+
+OtherLora = Annotated[str | None, typer.Option("--lora", help="Where the LoRA is now, if it moved.")]
 
 _HELP = {"help_option_names": ["-h", "--help"]}
 
@@ -220,7 +228,7 @@ def _query(
     ] = 64,
     kind: Annotated[Kind, typer.Option(help="What kind of model it is; the store knows.")] = Kind.diffusion,
     model: OtherModel = None,
-    lora: Annotated[str | None, typer.Option(help="Where the LoRA is now, if it moved.")] = None,
+    lora: OtherLora = None,
     train: OtherData = None,
     device: Device = None,
     as_json: AsJson = False,
@@ -239,19 +247,12 @@ def _query(
     A positive score means that training on the image lowers the query's loss.
     """
     from gradsift.bindings.diffusion.answers import Asker
-    from gradsift.bindings.diffusion.pipelines import hush
-    from gradsift.bindings.diffusion.workspace import Workspace, remembered
-    from gradsift.engine.store.reader import FeatureStore
 
     if bool(image) + (folder is not None) + bool(ids) != 1:
         raise DataError("give exactly one of --image, --set and --id: what is to be explained")
     if ((ids or folder is not None) and label is not None) or (ids and prompt is not None):
         raise DataError("--prompt and --label belong to --image: other images have their own")
-    opened = FeatureStore.open(store)
-    notes = remembered(opened)
-    notes = replace(notes, model=model or notes.model, lora=lora or notes.lora, data=train or notes.data)
-    hush()
-    space = Workspace(opened, notes, device)
+    space = _workspace(store, model, lora, train, device)
     if image:
         questions = space.questions(image, prompt, label)
     else:
@@ -266,6 +267,54 @@ def _query(
         asker.draw(answers, out)
         if not as_json:
             Console().print(f"[green]done[/green]  {escape(str(out))}")
+
+
+@select.command(name="select", context_settings=_HELP)
+def _select(
+    store: Store,
+    targets: Annotated[
+        Path,
+        typer.Option(
+            help="Images as the model should draw them: a folder, or a file as for extract.", show_default=False
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="JSONL file to write.", show_default=False)],
+    prompt: Annotated[str | None, typer.Option(help="Caption of the targets that have none.")] = None,
+    budget: Annotated[str, typer.Option(help="How much to choose: 5%, or a number of images.")] = "5%",
+    reduce: Annotated[
+        Reduce, typer.Option(help="max lets each target bring in images of its own; mean wants what helps all.")
+    ] = Reduce.max,
+    scorer: Annotated[Scorer, typer.Option(help="As of query.")] = Scorer.fisher,
+    kind: ModelKind = Kind.diffusion,
+    model: OtherModel = None,
+    lora: OtherLora = None,
+    train: OtherData = None,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Choose the training images that help the targets most: their ids and captions as JSONL, best first.
+
+    [bold]gradsift select train.zarr --targets ./wanted --budget 5% --out chosen.jsonl[/bold]
+    """
+    from gradsift.bindings.selection import parse_budget, write_selection
+    from gradsift.engine.store.reader import FeatureStore
+
+    count = parse_budget(budget, len(FeatureStore.open(store)))
+    space = _workspace(store, model, lora, train, device)
+    chosen = write_selection(space, space.style(targets, prompt), count, scorer.value, reduce.value, out)
+    print_selection(chosen, out, len(space.store), as_json)
+
+
+def _workspace(store: Path, model: str | None, lora: str | None, train: str | None, device: str | None) -> Workspace:
+    from gradsift.bindings.diffusion.pipelines import hush
+    from gradsift.bindings.diffusion.workspace import Workspace, remembered
+    from gradsift.engine.store.reader import FeatureStore
+
+    opened = FeatureStore.open(store)
+    notes = remembered(opened)
+    notes = replace(notes, model=model or notes.model, lora=lora or notes.lora, data=train or notes.data)
+    hush()
+    return Workspace(opened, notes, device)
 
 
 @contextmanager

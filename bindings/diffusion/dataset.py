@@ -151,7 +151,7 @@ class Dataset:
         return Batches(self, batch_size)
 
     def _check(self, skip_bad: bool, progress: Progress) -> None:
-        rows = []
+        rows: list[int] = []
         seen: dict[str, int] = {}
         prompts: dict[str, None] = {}
         for row in range(len(self.entries)):
@@ -187,7 +187,7 @@ class Dataset:
         """Everything that is not in the cache yet, and nothing else in it."""
         encoder = self.encoder
         for index, row in enumerate(self._rows):
-            encoder.latents(self._found[row].key, lambda row=row: self._picture(self._entry(row)))
+            encoder.latents(self._found[row].key, partial(self._picture_of, row))
             progress("encoding images", index + 1, len(self._rows))
         keys = {self._found[row].key for row in self._rows}
         if encoder.pipeline.family.encode is not None:
@@ -222,6 +222,9 @@ class Dataset:
                     "that the model knows"
                 )
         return entry
+
+    def _picture_of(self, row: int) -> Picture:
+        return self._picture(self._entry(row))
 
     def _picture(self, entry: Entry) -> Picture:
         return read_picture(entry, self.encoder.resolution, self.encoder.pipeline.channels)

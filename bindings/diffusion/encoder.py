@@ -56,7 +56,7 @@ class Encoder:
         self._vae_print = _vae_fingerprint(pipeline.vae) if pipeline.vae is not None else "pixels"
         self._text_print = _text_fingerprint(pipeline) if pipeline.family.encode is not None else "none"
         self.fingerprint = content_key("encoders", self._vae_print, self._text_print).hex()
-        self._cache = Cache(folder)
+        self._latents, self._texts = (Cache(folder and folder / part) for part in ("latents", "text"))
 
     def image_key(self, picture: Picture) -> bytes:
         """What identifies an image's latents: its pixels and the VAE."""
@@ -73,7 +73,7 @@ class Encoder:
         vae = self.pipeline.vae
         if vae is None:
             return to_pixels(picture().pixels)
-        return self._cache.get(key, lambda: {"latents": _encode(vae, to_pixels(picture().pixels))})["latents"]
+        return self._latents.get(key, lambda: {"latents": _encode(vae, to_pixels(picture().pixels))})["latents"]
 
     @torch.no_grad()
     def text(self, prompt: str) -> Tensors:
@@ -84,12 +84,14 @@ class Encoder:
         def make() -> Tensors:
             return {name: value.cpu() for name, value in encode(self.pipeline.pipe, prompt).items()}
 
-        return self._cache.get(self.text_key(prompt), make)
+        return self._texts.get(self.text_key(prompt), make)
 
     def keep(self, keys: Iterable[bytes]) -> None:
         """Write what is not on disk yet, and remove what belongs to none of these keys."""
-        self._cache.flush()
-        self._cache.prune(set(keys))
+        wanted = set(keys)
+        for cache in (self._latents, self._texts):
+            cache.flush()
+            cache.prune(wanted)
 
     def rest(self) -> None:
         """Leave the accelerator to the denoiser: everything was encoded."""

@@ -75,7 +75,7 @@ def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _device(pipe: Any) -> torch.device:
-    return next(pipe.text_encoder.parameters()).device
+    return torch.device(next(pipe.text_encoder.parameters()).device)
 
 
 def _encode_sd(pipe: Any, prompt: str) -> Conditions:

@@ -98,7 +98,8 @@ def overlay(pixels: np.ndarray, heat: np.ndarray, top: float) -> np.ndarray:
     strength = np.clip(np.abs(fine) / top, 0, 1)[..., None] if top else np.zeros((height, width, 1))
     colour = np.where(fine[..., None] >= 0, np.array(PULLS), np.array(PUSHES))
     grey = 255 - 0.5 * (255 - pixels.mean(axis=2, keepdims=True))
-    return np.round((1 - 0.85 * strength) * grey + 0.85 * strength * colour).astype(np.uint8)
+    mixed: np.ndarray = np.round((1 - 0.85 * strength) * grey + 0.85 * strength * colour)
+    return mixed.astype(np.uint8)
 
 
 def _row(row: Row, top: float) -> Any:

@@ -149,9 +149,10 @@ class Table:
             name = image.get("path") if name is None else name
             image = image.get("bytes") or image.get("path")
         if isinstance(image, str) and image:
-            source: Path | bytes = self._folder / image
+            file = self._folder / image
+            source: Path | bytes = file
             name = image if name is None else name
-            if not source.is_file():
+            if not file.is_file():
                 raise DataError(f"{place}: image '{image}' does not exist")
         elif isinstance(image, bytes) and image:
             source = image

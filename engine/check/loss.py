@@ -11,9 +11,10 @@ from torch.nn import functional
 
 from gradsift.engine.check.batches import segments_of
 from gradsift.engine.check.case import Case
+from gradsift.engine.check.denoise import target
 from gradsift.engine.check.parts import repeatable
 from gradsift.engine.check.report import Result, Shown
-from gradsift.engine.losses import IGNORE
+from gradsift.engine.losses import IGNORE, Diffusion
 
 __all__ = ["labels", "loss", "loss_tokens", "shown"]
 
@@ -76,14 +77,18 @@ def loss(case: Case) -> Result:
     if worst > limit:
         return Result("loss", "fail", word, worst, limit)
     if not said:
-        return Result("loss", "ok", "one finite loss per example; the model returns none of its own to compare with")
+        kind = getattr(case.loss_fn, "kind", None)
+        what = "one finite loss per example" + (f" ({kind})" if kind is not None else "")
+        return Result("loss", "ok", f"{what}; the model returns none of its own to compare with")
     tokens = loss_tokens(case, case.batch)
     level = f"{float(losses.sum()) / tokens:.3f} per token; " if tokens else ""
     return Result("loss", "ok", f"{level}equal to the model's own loss of the same labels", worst, limit)
 
 
 def labels(case: Case) -> Result:
-    """Which tokens of the examples carry loss, and whether any should not."""
+    """Which tokens of the examples carry loss, and whether any should not; what a diffusion model predicts."""
+    if isinstance(case.loss_fn, Diffusion):
+        return target(case, case.loss_fn)
     tokens = counted = padding = same = ahead = comparable = 0
     masked: list[str] = []
     for batch, n in case.pool:

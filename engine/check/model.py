@@ -186,15 +186,16 @@ def coverage(case: Case, left: dict[str, float], explicit: bool) -> Result:
 def _candidates(model: nn.Module, patterns: list[str] | None) -> Iterator[str]:
     """Names of modules that a selection means."""
     inside: set[int] = set()
-    for name, plain, module in walk(model):
+    for name, raw, module in walk(model):
         if id(module) in inside:
             continue
         lora = is_instance_of(module, "peft.tuners.lora.layer", "LoraLayer")
-        wanted = patterns is None or any(fnmatchcase(n, p) for n in (name, plain) for p in patterns)
+        wanted = patterns is None or any(fnmatchcase(n, p) for n in (name, raw) for p in patterns)
         if lora:
             inside.update(map(id, module.modules()))
-        linear = isinstance(module, nn.Linear) or is_instance_of(module, "transformers.pytorch_utils", "Conv1D")
-        if wanted and (lora or (patterns is not None and linear)):
+        plain = isinstance(module, nn.Linear | nn.Conv2d)
+        plain = plain or is_instance_of(module, "transformers.pytorch_utils", "Conv1D")
+        if wanted and (lora or (patterns is not None and plain)):
             yield name
 
 
