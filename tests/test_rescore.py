@@ -173,6 +173,56 @@ def test_no_forward_derivative_is_said(model: Any, query: Any) -> None:
         gs.rescore(model, padded_batch(), losses, v, "forward")
 
 
+class Steep(nn.Module):
+    """Losses that turn within the step of a central difference."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        return (300 * self.layer(batch["x"])).sin()
+
+    @staticmethod
+    def token_losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return torch.as_tensor(model(batch))
+
+    @classmethod
+    def loss(cls, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return cls.token_losses(model, batch).sum(dim=1)
+
+
+def steep_case() -> tuple[Steep, dict[str, Tensor], dict[str, Tensor], Tensor]:
+    """A model, a batch, a query's gradient, and the exact scores by autograd."""
+    model, batch = Steep(), {"x": torch.randn(6, 4, generator=torch.Generator().manual_seed(1))}
+    v = gs.gradient(model, one(batch, 0), Steep.loss, "layer")
+    gradients = [gs.gradient(model, one(batch, i), Steep.loss, "layer") for i in range(6)]
+    return model, batch, v, torch.tensor([sum(float((g[name] * v[name]).sum()) for name in v) for g in gradients])
+
+
+def test_a_rescorer_leaves_central_differences_where_they_depend_on_their_step() -> None:
+    model, batch, v, expected = steep_case()
+    halves = [{"x": part} for part in batch["x"].split(3)]
+    scores = {
+        method: Rescorer(model, lambda _: halves, Steep.token_losses, [v], method, "layer")(0, np.arange(6)).scores  # type: ignore[arg-type]
+        for method in ("central", "auto")
+    }
+    assert (scores["central"] - expected).abs().max() > 0.1 * expected.abs().max()
+    assert (scores["auto"] - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_a_rescorer_says_when_it_cannot(caplog: pytest.LogCaptureFixture) -> None:
+    model, batch, v, _ = steep_case()
+
+    def opaque(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return torch.as_tensor(NoForwardDerivative.apply(Steep.token_losses(model, batch)))
+
+    Rescorer(model, lambda _: [batch, batch], opaque, [v], modules="layer")(0, np.arange(12))  # type: ignore[arg-type]
+    assert "exact scores may be off by" in caplog.text
+    assert len(caplog.records) == 1
+
+
 def test_two_steps_end_in_the_exact_order(model: Any, query: Any) -> None:
     """A sketch of 64 numbers finds; exact scores decide, over ragged batches."""
     spec = gs.SketchSpec(dim=64)

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradsift.engine.answers.directional import Vector
 from gradsift.engine.answers.fisher import Fisher
 from gradsift.engine.answers.gradient import gradient
-from gradsift.engine.answers.rescore import Method, Vector, rescore
+from gradsift.engine.answers.rescore import Method, rescore
 from gradsift.engine.capture.capture import LossFunction
 from gradsift.engine.capture.maps import Modules
 from gradsift.kernels.errors import ShapeError
@@ -44,8 +45,9 @@ def precondition(
     Args:
         v: a query's ``gradient``.
         batches: re-iterable; the N examples of the curvature sample with the labels that were drawn for them, in the
-            order of the sketched rows. The labels must be fixed: drawn anew from moved weights they would jump.
-        loss_fn: the loss of these labels, ``loss_fn(model, batch) -> (n,)``.
+            order of the sketched rows. The labels must be fixed (``sampled_batch``): drawn anew from moved weights they
+            would jump.
+        loss_fn: the loss of these labels, ``loss_fn(model, batch) -> (n,)``: summed over its parts.
         fisher: fitted to the sketched rows of the same examples; gives lambda too.
         steps: of conjugate gradients, fewer when the residual is gone.
         method: of the directional derivatives, as of ``rescore``.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, cast
@@ -10,12 +10,9 @@ from typing import Any, Literal, NamedTuple, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.func import functional_call
 from torch.nn import functional
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 
+from gradsift.engine.answers.directional import Losses, TokenLosses, Vector, central, forward_mode
 from gradsift.engine.answers.gradient import state_names
 from gradsift.engine.capture.frozen import evaluating
 from gradsift.engine.capture.maps import Modules, parameters_of
@@ -31,10 +28,12 @@ Measured on five small language models, largest error of a score: 1e-3: 1e-4 to 
 """
 
 Method = Literal["auto", "forward", "central"]
-TokenLosses = Callable[[nn.Module, Mapping[str, Any]], Tensor]
-Vector = Mapping[str, Tensor]
+_APART = 3e-3
+"""How far, over the largest, a central difference may change when its step doubles: three times its error then."""
 
 _HALF = (torch.bfloat16, torch.float16)
+
+logger = logging.getLogger(__name__)
 
 
 class Exact(NamedTuple):
@@ -81,31 +80,7 @@ def rescore(
         ShapeError: v is zero or not finite, or losses have no axis of tokens or positions.
         BackendError: "central" on half precision; or no forward derivative of an operation of the model.
     """
-    if method not in ("auto", "forward", "central"):
-        raise SpecError(f"method is {method!r}, expected 'auto', 'forward' or 'central'")
-    parameters = parameters_of(model, modules)
-    length = _length(parameters, v)
-    half = _half_precision(model)
-    if method == "central" and half is not None:
-        raise BackendError(
-            f"the model computes in {half}, whose rounding hides a central difference: use method='forward', or load "
-            "the model in float32"
-        )
-    call = _Losses(model, token_losses)
-    names = {name: f"model.{plain}" for name, plain in state_names(model, parameters).items()}
-    weights = {names[name]: parameter.detach() for name, parameter in parameters.items()}
-    direction = {names[name]: v[name].detach().to(p.device, p.dtype) for name, p in parameters.items()}
-    with evaluating(model), torch.no_grad():
-        if half is not None or method == "forward":
-            tokens = _forward(call, batch, weights, direction)
-        else:
-            tokens = _central(call, batch, weights, direction, STEP / length)
-    if tokens.ndim < 2:
-        raise ShapeError(
-            f"token losses have shape {tuple(tokens.shape)}, expected (examples, tokens) or (examples, height, width): "
-            "give the loss's token_losses"
-        )
-    tokens = tokens.to("cpu", torch.float64)
+    tokens = _derivatives(model, batch, token_losses, v, method, modules)
     return Exact(tokens.flatten(1).sum(dim=1), tokens)
 
 
@@ -121,7 +96,8 @@ class Rescorer:
         vectors: one v per query, or one per query and part. For the scorers "dot" and "cosine" the query's
             ``gradient``; for "fisher" that gradient after ``precondition``, else the exact scores would undo the
             curvature.
-        method, modules: as of ``rescore``.
+        method, modules: as of ``rescore``; but "auto" tries a central difference with twice the step on a query's first
+            batch, and goes over to "forward" when the two differ by more than errors of 1e-3 explain.
     """
 
     model: nn.Module
@@ -135,21 +111,14 @@ class Rescorer:
         """Exact scores of these rows for one query, in their order; tokens padded with 0 to the largest batch's."""
         parts = self._parts(query)
         batches = [
-            torch.stack(
-                [
-                    rescore(self.model, batch, losses, v, self.method, modules=self.modules).tokens
-                    for losses, v in parts
-                ],
-                dim=1,
-            )
-            for batch in self.fetch([int(row) for row in rows])
+            torch.stack([part(batch) for part in parts], dim=1) for batch in self.fetch([int(row) for row in rows])
         ]
         tokens = torch.cat(pad_alike(batches)) if batches else torch.zeros(0, len(parts), 0)
         scores = tokens.flatten(2).sum(dim=2)
         return Exact(scores, tokens) if isinstance(self.token_losses, Sequence) else Exact(scores[:, 0], tokens[:, 0])
 
-    def _parts(self, query: int) -> list[tuple[TokenLosses, Vector]]:
-        """Each part's losses with the vector of this query that they are differentiated along."""
+    def _parts(self, query: int) -> list[_Along]:
+        """Each part's losses along its vector of this query."""
         v = self.vectors[query]
         if isinstance(self.token_losses, Sequence) == isinstance(v, Mapping):
             raise ShapeError(
@@ -157,14 +126,48 @@ class Rescorer:
                 "give both per part or neither"
             )
         if isinstance(v, Mapping):
-            return [(cast(TokenLosses, self.token_losses), v)]
+            return [_Along(self, cast(TokenLosses, self.token_losses), v)]
         losses = cast(Sequence[TokenLosses], self.token_losses)
         if len(losses) != len(v):
             raise ShapeError(
                 f"a rescorer got token losses of {len(losses)} parts but {len(v)} vectors of query {query}: "
                 "give one per part, in the order of the loss's parts"
             )
-        return list(zip(losses, v, strict=True))
+        return [_Along(self, of_part, along) for of_part, along in zip(losses, v, strict=True)]
+
+
+class _Along:
+    """Losses along one vector, batch after batch, by a method that the first batch has tried."""
+
+    def __init__(self, rescorer: Rescorer, token_losses: TokenLosses, v: Vector):
+        self._rescorer, self._token_losses, self._v = rescorer, token_losses, v
+        half = _half_precision(rescorer.model)
+        self._method: Method = "forward" if rescorer.method == "auto" and half is not None else rescorer.method
+
+    def __call__(self, batch: Mapping[str, Any]) -> Tensor:
+        """Derivatives of a batch, shaped as its losses."""
+        if self._method != "auto":
+            return self._derivatives(batch, self._method)
+        tokens, twice = (self._derivatives(batch, "central", step) for step in (STEP, 2 * STEP))
+        self._method = "central"
+        apart, largest = float((twice - tokens).abs().max()), float(tokens.abs().max())
+        if apart <= _APART * largest:
+            return tokens
+        try:
+            exact = self._derivatives(batch, "forward")
+        except BackendError as error:
+            logger.warning(
+                "exact scores may be off by %.1g of the largest: central differences change with their step, and %s",
+                apart / (3 * largest),
+                error,
+            )
+            return tokens
+        self._method = "forward"
+        return exact
+
+    def _derivatives(self, batch: Mapping[str, Any], method: Method, step: float = STEP) -> Tensor:
+        model, modules = self._rescorer.model, self._rescorer.modules
+        return _derivatives(model, batch, self._token_losses, self._v, method, modules, step)
 
 
 def pad_alike(parts: Sequence[Tensor]) -> list[Tensor]:
@@ -181,59 +184,41 @@ def pad_alike(parts: Sequence[Tensor]) -> list[Tensor]:
     ]
 
 
-class _Losses(nn.Module):
-    """The token losses as a module's forward, so that parameters can be exchanged for one call."""
-
-    def __init__(self, model: nn.Module, token_losses: TokenLosses):
-        super().__init__()
-        self.model = model
-        self.token_losses = token_losses
-
-    def forward(self, batch: Mapping[str, Any]) -> Tensor:
-        """(n, ...)."""
-        return self.token_losses(self.model, batch)
-
-
-def _central(call: nn.Module, batch: Mapping[str, Any], weights: Vector, direction: Vector, step: float) -> Tensor:
-    def moved(sign: float) -> Tensor:
-        at = {name: torch.add(w, direction[name], alpha=sign * step) for name, w in weights.items()}
-        losses: Tensor = functional_call(call, at, (batch,))
-        return losses.to(torch.float64)
-
-    return (moved(1.0) - moved(-1.0)) / (2 * step)
-
-
-def _forward(call: nn.Module, batch: Mapping[str, Any], weights: Vector, direction: Vector) -> Tensor:
-    try:
-        with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level(), _Contiguous(), warnings.catch_warnings():
-            # torch's own formulas for forward mode go through TorchScript, which torch calls deprecated.
-            warnings.filterwarnings("ignore", r".*torch\.jit", DeprecationWarning)
-            dual = {
-                name: forward_ad.make_dual(w, direction[name])  # type: ignore[no-untyped-call]
-                for name, w in weights.items()
-            }
-            losses: Tensor = functional_call(call, dual, (batch,))
-            tangent: Tensor | None = forward_ad.unpack_dual(losses).tangent  # type: ignore[no-untyped-call]
-    except (NotImplementedError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _derivatives(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    token_losses: TokenLosses,
+    v: Vector,
+    method: Method,
+    modules: Modules,
+    step: float = STEP,
+) -> Tensor:
+    """Derivatives of all losses along v, float64, shaped as the losses; arguments as of ``rescore``."""
+    if method not in ("auto", "forward", "central"):
+        raise SpecError(f"method is {method!r}, expected 'auto', 'forward' or 'central'")
+    parameters = parameters_of(model, modules)
+    length = _length(parameters, v)
+    half = _half_precision(model)
+    if method == "central" and half is not None:
         raise BackendError(
-            f"forward-mode differentiation failed ({reason}): load the model in float32 for method='central', or with "
-            "attn_implementation='eager' or 'sdpa'"
-        ) from error
-    return torch.zeros_like(losses) if tangent is None else tangent
-
-
-class _Contiguous(TorchFunctionMode):
-    """Group norms read contiguous memory: torch's forward derivative of theirs refuses channels-last activations.
-
-    An attention block of a UNet hands such activations on, whatever the layout of its input.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run one function of torch."""
-        if func is functional.group_norm and args:
-            args = (args[0].contiguous(), *args[1:])
-        return func(*args, **(kwargs or {}))
+            f"the model computes in {half}, whose rounding hides a central difference: use method='forward', or load "
+            "the model in float32"
+        )
+    call = Losses(model, token_losses)
+    names = {name: f"model.{plain}" for name, plain in state_names(model, parameters).items()}
+    weights = {names[name]: parameter.detach() for name, parameter in parameters.items()}
+    direction = {names[name]: v[name].detach().to(p.device, p.dtype) for name, p in parameters.items()}
+    with evaluating(model), torch.no_grad():
+        if half is not None or method == "forward":
+            tokens = forward_mode(call, batch, weights, direction)
+        else:
+            tokens = central(call, batch, weights, direction, step / length)
+    if tokens.ndim < 2:
+        raise ShapeError(
+            f"token losses have shape {tuple(tokens.shape)}, expected (examples, tokens) or (examples, height, width): "
+            "give the loss's token_losses"
+        )
+    return tokens.to("cpu", torch.float64)
 
 
 def _length(parameters: Mapping[str, nn.Parameter], v: Vector) -> float:
