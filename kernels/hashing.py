@@ -11,6 +11,8 @@ key and ``mix`` a 32-bit finaliser,
     bucket = 64 * block + (lane ^ mask)
     sign   = -1 where bit `lane` of the word mix(t ^ k2) | mix(t ^ k3) << 32 is set
 
+The signs of a projection (``project``) are drawn in the same way, under keys of their own.
+
 Source: Charikar et al. 2002 (CountSketch); the finaliser is Wellons' `lowbias32`.
 """
 
@@ -26,7 +28,15 @@ from torch import Tensor
 
 from gradsift.kernels.spec import SEGMENT, SketchSpec
 
-__all__ = ["Segments", "buckets_and_signs", "matrix_shape", "parameter_key", "segment_hashes"]
+__all__ = [
+    "Segments",
+    "buckets_and_signs",
+    "expand_signs",
+    "matrix_shape",
+    "parameter_key",
+    "segment_hashes",
+    "sign_words",
+]
 
 _MASK32 = 0xFFFFFFFF
 
@@ -48,11 +58,13 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=65536)
-def parameter_key(seed: int, name: str) -> tuple[int, int, int, int]:
-    """The four 32-bit words k0..k3 of one parameter: keyed blake2b of its name."""
-    digest = hashlib.blake2b(
-        name.encode(), digest_size=16, key=seed.to_bytes(8, "little"), person=b"gradsift.sketch1"
-    ).digest()
+def parameter_key(seed: int, name: str, person: bytes = b"gradsift.sketch1") -> tuple[int, int, int, int]:
+    """The four 32-bit words k0..k3 of one parameter: keyed blake2b of its name.
+
+    Args:
+        person: what the key is for, at most 16 bytes.
+    """
+    digest = hashlib.blake2b(name.encode(), digest_size=16, key=seed.to_bytes(8, "little"), person=person).digest()
     k0, k1, k2, k3 = (int.from_bytes(digest[i : i + 4], "little") for i in range(0, 16, 4))
     return k0, k1, k2, k3
 
@@ -75,17 +87,30 @@ def _multiply(x: Tensor, constant: int) -> Tensor:
 
 def segment_hashes(spec: SketchSpec, name: str, rows: int, long: int) -> Segments:
     """Block, lane mask and sign words of every row segment of one parameter (on the CPU)."""
-    k0, k1, k2, k3 = parameter_key(spec.seed, name)
+    key = parameter_key(spec.seed, name)
+    h = _mix(_positions(key, rows, long) ^ key[1])
+    return Segments((h * (spec.dim // SEGMENT)) >> 32, h & (SEGMENT - 1), *sign_words(key, rows, long))
+
+
+def sign_words(key: tuple[int, int, int, int], rows: int, long: int) -> tuple[Tensor, Tensor]:
+    """Low and high halves of the sign words of every row segment, as of ``Segments``."""
+    t = _positions(key, rows, long)
+    return _mix(t ^ key[2]), _mix(t ^ key[3])
+
+
+def expand_signs(low: Tensor, high: Tensor, long: int) -> Tensor:
+    """Sign words -> int64 of shape (rows, long), each 1 or -1."""
+    lane = torch.arange(SEGMENT, device=low.device)
+    word = torch.where(lane < 32, low[..., None], high[..., None])
+    minus = (word >> (lane % 32)) & 1
+    return (1 - 2 * minus).view(len(low), -1)[:, :long]
+
+
+def _positions(key: tuple[int, int, int, int], rows: int, long: int) -> Tensor:
+    """The t of every row segment, (rows, segments_per_row)."""
     per_row = -(-long // SEGMENT)
     index = torch.arange(rows * per_row, dtype=torch.int64).view(rows, per_row)
-    t = _mix((index + k0) & _MASK32)
-    h = _mix(t ^ k1)
-    return Segments(
-        block=(h * (spec.dim // SEGMENT)) >> 32,
-        mask=h & (SEGMENT - 1),
-        sign_low=_mix(t ^ k2),
-        sign_high=_mix(t ^ k3),
-    )
+    return _mix((index + key[0]) & _MASK32)
 
 
 @lru_cache(maxsize=4096)
@@ -99,12 +124,9 @@ def buckets_and_signs(spec: SketchSpec, name: str, shape: tuple[int, ...]) -> tu
     p, q = matrix_shape(shape)
     rows, long = min(p, q), max(p, q)
     hashes = segment_hashes(spec, name, rows, long)
-    lane = torch.arange(SEGMENT)
-    word = torch.where(lane < 32, hashes.sign_low[..., None], hashes.sign_high[..., None])
-    bucket = hashes.block[..., None] * SEGMENT + (lane ^ hashes.mask[..., None])
-    minus = (word >> (lane % 32)) & 1
+    bucket = hashes.block[..., None] * SEGMENT + (torch.arange(SEGMENT) ^ hashes.mask[..., None])
     bucket = bucket.view(rows, -1)[:, :long]
-    sign = (1 - 2 * minus).view(rows, -1)[:, :long]
+    sign = expand_signs(hashes.sign_low, hashes.sign_high, long)
     if p > q:
         bucket, sign = bucket.t(), sign.t()
     return bucket.reshape(-1), sign.reshape(-1).to(torch.float32)

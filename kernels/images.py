@@ -14,7 +14,7 @@ Accumulation: as in ``outer``; the images and rows of one example are added in a
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import product
+from itertools import pairwise, product
 from typing import NamedTuple
 
 import torch
@@ -163,6 +163,23 @@ class Images(Operands):
             few_rows = self.widths[0] <= self.widths[1]
             yield Piece(i, i + 1, *((whole.contiguous(), unit) if few_rows else (unit, whole.mT.contiguous())), None)
 
+    def projected(self, outward: Tensor, inward: Tensor) -> Iterator[Piece]:
+        """Use by use; a token for each output position and group.
+
+        Patches are projected as a convolution with r kernels, so they are never unfolded.
+        """
+        most = max(b - a for a, b in pairwise(self._offsets))
+        for x, g, window in self._uses:
+            tokens = self._groups * g.shape[2] * g.shape[3]
+            step = max(1, UNFOLDED // (most * max(tokens * len(inward), x[0].numel(), g[0].numel())))
+            for first in range(0, self.n, step):
+                last = min(self.n, first + step)
+                begin, end = self._offsets[first], self._offsets[last]
+                offsets = tuple((o - begin) * tokens for o in self._offsets[first : last + 1])
+                seen = _project_patches(x[begin:end], inward, window, (g.shape[2], g.shape[3]))
+                given = _project_channels(g[begin:end], outward, self._groups)
+                yield Piece(first, last, seen, given, offsets)
+
     def _blocks(self, first: int, last: int, x: Tensor, g: Tensor) -> Iterator[_Block]:
         """Examples first..last in blocks within the bound."""
         rows = g.shape[2]
@@ -213,6 +230,29 @@ def _add_taps(taps: Tensor, x: Tensor, g: Tensor, window: Window, block: _Block,
         begin = row * width + column
         seen = phases[up, left][:, :, begin : begin + length]
         tap.baddbmm_(seen, g.mT) if transposed else tap.baddbmm_(g, seen.mT)
+
+
+def _project_patches(x: Tensor, inward: Tensor, window: Window, size: tuple[int, int]) -> Tensor:
+    """x (images, c, h, w) -> every patch times ``inward`` (r, c / groups kh kw): (images groups positions, r).
+
+    A matrix product per tap, on x as that tap sees it: neither TF32 nor a choice of algorithm, as of a library's own.
+    """
+    (kh, kw), (sh, sw), (dh, dw), (h, w) = window.kernel, window.stride, window.dilation, size
+    x = window.pad(x.to(inward.dtype)).unflatten(1, (window.groups, -1)).flatten(0, 1)
+    kernels = inward.unflatten(1, (-1, kh, kw))
+    total = x.new_zeros(len(x), len(inward), h * w)
+    for i, j in product(range(kh), range(kw)):
+        top, left = i * dh, j * dw
+        seen = x[:, :, top : top + (h - 1) * sh + 1 : sh, left : left + (w - 1) * sw + 1 : sw]
+        total.baddbmm_(kernels[:, :, i, j].expand(len(x), -1, -1), seen.flatten(2))
+    return total.mT.flatten(0, 1)
+
+
+def _project_channels(g: Tensor, outward: Tensor, groups: int) -> Tensor:
+    """g (images, o, h', w') -> ``outward`` (r, o) times it, each group apart: (images groups positions, r)."""
+    g = g.to(outward.dtype).unflatten(1, (groups, -1)).flatten(3)
+    given: Tensor = outward.unflatten(1, (groups, -1)).movedim(1, 0) @ g
+    return given.mT.flatten(0, 2)
 
 
 def _flat(t: Tensor, height: int, width: int, n: int, groups: int) -> Tensor:

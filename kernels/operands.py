@@ -21,6 +21,9 @@ __all__ = ["Offsets", "Operands", "Piece", "Tokens", "check_offsets", "check_sha
 
 Offsets = tuple[int, ...]
 
+_COPIED = 1 << 24
+"""Numbers of an operand in low precision that are copied at once to be projected: 64 MiB of float32."""
+
 
 class Piece(NamedTuple):
     """Examples first..last as tokens in memory: x (n, T, q) and g (n, T, p), or (tokens, d) with offsets."""
@@ -62,6 +65,19 @@ class Operands(ABC):
     def pieces(self) -> Iterator[Piece]:
         """All examples as tokens in memory, for a kernel."""
 
+    @abstractmethod
+    def projected(self, outward: Tensor, inward: Tensor) -> Iterator[Piece]:
+        """Tokens with x projected by ``inward`` (r, q) and g by ``outward`` (r, p), in the dtype of the projections.
+
+        Pieces may cover the same examples: their gradients add up.
+        """
+
+    def squares(self, first: int, last: int) -> Tensor:
+        """|G|^2 of examples first..last, (n,)."""
+        grad, _ = self.gradients(first, last)
+        square: Tensor = torch.linalg.vector_norm(grad, dim=(1, 2)).square_()
+        return square
+
 
 class Tokens(Operands):
     """Operands of a linear map."""
@@ -95,6 +111,33 @@ class Tokens(Operands):
     def pieces(self) -> Iterator[Piece]:
         """The operands as they are."""
         yield Piece(0, self.n, self._x, self._g, self._offsets)
+
+    def projected(self, outward: Tensor, inward: Tensor) -> Iterator[Piece]:
+        """All at once: they are smaller than the operands."""
+        yield Piece(0, self.n, _project(self._x, inward), _project(self._g, outward), self._offsets)
+
+    def squares(self, first: int, last: int) -> Tensor:
+        """From the products between tokens, ``sum_st (x_s . x_t) (g_s . g_t)``, where that is less work than G."""
+        (p, q), offsets = self.widths, self._offsets
+        examples = range(first, last)
+        if offsets is None:
+            tokens = self._x.shape[1]
+            ends = [(self._x[first:last], self._g[first:last])]
+        else:
+            tokens = max(offsets[i + 1] - offsets[i] for i in examples)
+            spans = [slice(offsets[i], offsets[i + 1]) for i in examples]
+            ends = [(self._x[None, span], self._g[None, span]) for span in spans]
+        if tokens * (p + q) >= p * q:
+            return super().squares(first, last)
+        dtype = sum_dtype(self.dtypes)
+        products = [[t @ t.mT for t in (x.to(dtype), g.to(dtype))] for x, g in ends]
+        return torch.cat([(x * g).sum((1, 2)) for x, g in products]).clamp_min_(0)  # rounding can be below 0
+
+
+def _project(t: Tensor, onto: Tensor) -> Tensor:
+    """t (.., d) -> (.., r), from a bounded copy in the dtype of the projection."""
+    step = max(1, _COPIED // max(1, t[0].numel()))
+    return torch.cat([some.to(onto.dtype) @ onto.mT for some in t.split(step)])
 
 
 def sum_dtype(dtypes: tuple[torch.dtype, torch.dtype]) -> torch.dtype:

@@ -3,7 +3,7 @@
 With x (tokens, q), g (tokens, p) and example n owning the tokens segments[n]..segments[n + 1], the gradient
 of the parameter W (p, q) in y = x W^T is G_n = sum_t g_t x_t^T; the tokens of a convolution are its patches
 (``images``). No backend holds more than a bounded number of G_n at once (torch up to 64 MiB of them or one, Triton
-up to 32 MiB or one).
+up to 32 MiB or one). A spec with ``project`` has large gradients projected from both sides first (``project``).
 
 Accumulation: float32 (float64 for float64 operands), never TF32 or bfloat16, also inside autocast.
 Determinism: on the CPU the same call gives the same bits at the same thread count; on a GPU the default
@@ -24,7 +24,8 @@ from torch import Tensor
 
 from gradsift.kernels.errors import BackendError, ShapeError
 from gradsift.kernels.hashing import buckets_and_signs, matrix_shape
-from gradsift.kernels.operands import Operands, Tokens, words
+from gradsift.kernels.operands import Operands, Tokens, sum_dtype, words
+from gradsift.kernels.project import projections
 from gradsift.kernels.sketch import identity_offset, sketch_dense
 from gradsift.kernels.spec import SketchSpec
 
@@ -102,7 +103,9 @@ def sketch_outer(
         name: the parameter's canonical name.
         shape: the parameter's own full shape, p * q numbers in row-major order of G.
         out: shape (n, dim), float32 (or float64 on the torch path); allocated as zeros when None.
-        sqnorm: shape (n,), float32 or float64; receives ``+= |G_n|^2``, exact: before the sketch.
+        sqnorm: shape (n,), float32 or float64; receives ``+= |G_n|^2``, exact: before the sketch and before a
+            projection. Where a gradient is projected, this takes products between its tokens, T^2 (p + q) of them per
+            example, or G itself where that is less.
         backend: "auto" is Triton for GPU tensors and torch elsewhere; "torch"; "triton"; or "triton-atomic",
             which saves a launch and is not bit-reproducible.
         held: lets the torch path put off the sketch; out and sqnorm are complete after ``held.release()``.
@@ -136,6 +139,15 @@ def sketch_operands(
     _validate_outputs(out, sqnorm, n, spec, name, device)
     kind = _choose(backend, operands, spec, out)
     if n == 0 or operands.empty:
+        return out
+    if (sides := projections(spec, name, shape, sum_dtype(operands.dtypes), device)) is not None:
+        small = len(sides[0]), len(sides[1])
+        with torch.no_grad(), _full_precision(device.type):
+            for first, last, x, g, offsets in operands.projected(*sides):
+                some = Tokens(x, g, offsets, name, small)
+                sketch_operands(some, spec, name=name, shape=small, out=out[first:last], backend=backend, held=held)
+            if sqnorm is not None:
+                _add_squares(operands, sqnorm)
         return out
     if kind == "torch":
         with torch.no_grad(), _full_precision(device.type):
@@ -218,6 +230,15 @@ def _sketch_torch(
             add()
         else:
             held.add(grad.numel(), add)
+
+
+def _add_squares(operands: Operands, sqnorm: Tensor) -> None:
+    """Norms of gradients that are not sketched themselves, a bounded number at a time."""
+    p, q = operands.widths
+    step = max(1, _CHUNK // (p * q))
+    for first in range(0, operands.n, step):
+        last = min(operands.n, first + step)
+        sqnorm[first:last] += operands.squares(first, last)
 
 
 def _add_sketch(

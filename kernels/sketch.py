@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gradsift.kernels.errors import ShapeError, SpecError
 from gradsift.kernels.hashing import buckets_and_signs
+from gradsift.kernels.project import projections
 from gradsift.kernels.spec import SketchSpec
 
 __all__ = ["identity_offset", "sketch_dense", "sketch_matrix"]
@@ -50,6 +51,11 @@ def sketch_dense(grad: Tensor, spec: SketchSpec, name: str, shape: tuple[int, ..
         offset = identity_offset(spec, name, shape)
         out[:, offset : offset + grad.shape[1]] += grad
         return
+    if (sides := projections(spec, name, shape, out.dtype, out.device)) is not None:
+        outward, inward = sides
+        grad = outward @ grad.to(out.dtype).unflatten(1, (outward.shape[1], -1)) @ inward.mT
+        sketch_dense(grad.flatten(1), spec, name, (len(outward), len(inward)), out)
+        return
     bucket, sign = buckets_and_signs(spec, name, shape)
     bucket, sign = bucket.to(out.device), sign.to(out.device)
     out.index_add_(1, bucket, grad.to(out.dtype) * sign)
@@ -63,7 +69,8 @@ def sketch_matrix(spec: SketchSpec, name: str, shape: tuple[int, ...]) -> Tensor
         shape: the parameter's full shape.
 
     Returns:
-        float32 S_m of shape (dim, p * q): the feature of a gradient G is ``S_m @ G.reshape(-1)``, row-major.
+        float32 S_m of shape (dim, p * q): the feature of a gradient G is ``S_m @ G.reshape(-1)``, row-major. With
+        ``spec.project`` this is the sketch and both projections in one.
     """
     size = prod(shape)
     if spec.kind == "identity":
@@ -72,6 +79,11 @@ def sketch_matrix(spec: SketchSpec, name: str, shape: tuple[int, ...]) -> Tensor
         offset = identity_offset(spec, name, shape)
         matrix[offset : offset + size].fill_diagonal_(1.0)
         return matrix
+    if (sides := projections(spec, name, shape, torch.float64, torch.device("cpu"))) is not None:
+        outward, inward = sides
+        small = len(outward), len(inward)
+        sketch = sketch_matrix(spec, name, small).double().view(spec.dim, *small)
+        return (outward.mT @ sketch @ inward).float().reshape(spec.dim, size)
     bucket, sign = buckets_and_signs(spec, name, tuple(shape))
     matrix = torch.zeros(spec.dim, size)
     matrix[bucket, torch.arange(size)] = sign

@@ -16,7 +16,7 @@ SEGMENT = 64
 """Entries of one row segment: 256 bytes of float32, the unit that is hashed and moved as a whole."""
 
 VERSION = 1
-"""Changes whenever the same (seed, name, shape) would give other buckets or signs."""
+"""Changes whenever the same (seed, name, shape) would give other buckets, signs or projections."""
 
 _MAX_DIM = 1 << 24
 _KINDS = ("segment", "identity")
@@ -36,6 +36,10 @@ class SketchSpec:
             captured parameters one after another, for exact tests on small models.
         version: law of buckets and signs; this release knows 1.
         layout: for ``"identity"`` only, the (name, shape) of the parameters in order; filled by ``bind``.
+        project: a positive r, or None. A gradient that has more than r rows and more than r columns is projected to
+            (r, r) by a random matrix on either side before it is sketched (``project``): for full weights, whose
+            gradients are large. LoRA's, of rank r or less, stay as they are. Inner products stay unbiased; what a
+            small r costs is spread, see docs/kernels.md.
 
     Raises:
         SpecError: a value is out of range.
@@ -46,6 +50,7 @@ class SketchSpec:
     kind: str = "segment"
     version: int = VERSION
     layout: Layout = ()
+    project: int | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in _KINDS:
@@ -59,6 +64,8 @@ class SketchSpec:
             raise SpecError(f"seed is {self.seed!r}, expected an integer in [0, 2**64)")
         if not _is_int(self.dim):
             raise SpecError(f"dim is {self.dim!r}, expected an integer")
+        if self.project is not None and (not _is_int(self.project) or self.project < 1):
+            raise SpecError(f"project is {self.project!r}, expected a positive integer, or None for no projection")
         if self.kind == "segment":
             self._check_segment()
         else:
@@ -73,6 +80,8 @@ class SketchSpec:
             raise SpecError(f"dim is {self.dim}, expected a multiple of {SEGMENT} between {SEGMENT} and {_MAX_DIM}")
 
     def _check_identity(self) -> None:
+        if self.project is not None:
+            raise SpecError("project is for kind='segment' only, the identity keeps whole gradients: leave it out")
         layout = tuple((str(name), tuple(int(s) for s in shape)) for name, shape in self.layout)
         object.__setattr__(self, "layout", layout)
         if layout:
@@ -97,6 +106,8 @@ class SketchSpec:
         fields = asdict(self)
         if self.kind == "segment":
             del fields["layout"]
+        if self.project is None:  # as written before there were projections: fingerprints stay
+            del fields["project"]
         return json.dumps(fields, sort_keys=True, separators=(",", ":"))
 
     @classmethod
@@ -112,7 +123,7 @@ class SketchSpec:
             raise SpecError(f"sketch specification is not JSON: {error}") from None
         if not isinstance(fields, dict):
             raise SpecError(f"sketch specification is a JSON {type(fields).__name__}, expected an object")
-        unknown = sorted(set(fields) - {"dim", "seed", "kind", "version", "layout"})
+        unknown = sorted(set(fields) - {"dim", "seed", "kind", "version", "layout", "project"})
         missing = sorted({"dim", "seed", "kind", "version"} - set(fields))
         if unknown or missing:
             raise SpecError(f"sketch specification has unknown fields {unknown} and lacks {missing}")
