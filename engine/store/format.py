@@ -160,4 +160,5 @@ def _spec(fields: Mapping[str, Any]) -> str:
         spec = SketchSpec.from_json(json.dumps(fields))
     except SpecError:
         return str(dict(fields))
-    return f"{spec.kind} of dim {spec.dim}, seed {spec.seed}"
+    projected = "" if spec.project is None else f", gradients projected to {spec.project}"
+    return f"{spec.kind} of dim {spec.dim}, seed {spec.seed}{projected}"
