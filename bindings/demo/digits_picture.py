@@ -22,7 +22,7 @@ _SHOWN = 8
 _OURS, _OTHER, _GREY, _WRONG = "#1b7f4d", "#c9a227", "#9aa0a6", "#b3261e"
 
 _FINE = 16
-"""Points per pixel under a heat map."""
+"""Points per pixel of an image."""
 
 
 def paint(path: Path, run: Run, found: Found, drawn: Mapping[str, Drawn]) -> bool:
@@ -50,8 +50,16 @@ def paint(path: Path, run: Run, found: Found, drawn: Mapping[str, Drawn]) -> boo
     _shares(right, drawn)
     top = float(np.percentile(np.abs(found.answer.tokens), 99.5)) if found.answer.tokens is not None else 0.0
     n, picture = len(found.rows), drawn["tuned"].pictures[found.shown]
-    _answers(most, run, found, picture, range(_SHOWN), top, "The images that pull most towards this drawing")
-    _answers(least, run, found, picture, range(n - _SHOWN, n), top, "The images that push most away from it")
+    _answers(
+        most,
+        run,
+        found,
+        picture,
+        range(_SHOWN),
+        top,
+        "The images that pull most towards this drawing, and where they pull",
+    )
+    _answers(least, run, found, picture, range(n - _SHOWN, n), top, "The other end of the ranking")
     figure.text(
         0.5,
         -0.012,
@@ -112,20 +120,26 @@ def _answers(figure: Any, run: Run, found: Found, picture: np.ndarray, places: r
         row = int(answer.rows[0, place])
         colour = _OURS if digits.planted[row] else _GREY
         _image(grid[0, column], digits.pixels[row], colour)
-        truth = f"is an {EIGHT}" if digits.planted[row] else "right"
+        truth = f"an {EIGHT}" if digits.planted[row] else "right"
         style = {"color": _OURS, "fontweight": "bold"} if digits.planted[row] else {}
         grid[0, column].set_title(f"labelled {digits.labels[row]}: {truth}", fontsize=11, **style)
         grid[0, column].set_xlabel(f"{place + 1}.  {answer.scores[0, place]:+.3g}", fontsize=11)
         if answer.tokens is not None:
-            fine = np.kron(digits.pixels[row], np.ones((_FINE, _FINE), dtype=np.uint8))
-            _image(grid[1, column], overlay(fine[..., None], answer.tokens[0, place], top), colour)
+            fine = _enlarged(digits.pixels[row])[..., None]
+            _image(grid[1, column], overlay(fine, answer.tokens[0, place], top), colour)
 
 
 def _image(axes: Any, pixels: np.ndarray, frame: str) -> None:
-    axes.imshow(pixels, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    axes.imshow(_enlarged(pixels) if pixels.ndim == 2 else pixels, cmap="gray", vmin=0, vmax=255)
     axes.set(xticks=[], yticks=[])
     for spine in axes.spines.values():
         spine.set(color=frame, linewidth=4)
+
+
+def _enlarged(pixels: np.ndarray) -> np.ndarray:
+    """Smooth, so that 8 x 8 pixels read as a digit."""
+    image, side = require("PIL.Image"), pixels.shape[0] * _FINE
+    return np.asarray(image.fromarray(pixels).resize((side, side), image.Resampling.BICUBIC))
 
 
 def _in_lines(name: str) -> str:

@@ -32,7 +32,7 @@ from gradsift.engine.extraction.extract import extract
 from gradsift.engine.losses import Diffusion, NoiseSchedule
 from gradsift.engine.store.reader import FeatureStore
 
-__all__ = ["Drawn", "Found", "Run", "pixel_neighbours"]
+__all__ = ["Drawn", "Found", "Pictures", "Run", "pixel_neighbours"]
 
 _BATCH = 16
 """Images in a batch."""
@@ -118,7 +118,6 @@ class Run:
             data=str(self.data_path.resolve()),
             lora=str(self.lora_path.resolve()),
             encoders=images.encoder.fingerprint,
-            loss=loss.settings,
             resolution=images.encoder.resolution,
             trained_on=loss.kind,
         )
@@ -147,7 +146,7 @@ class Run:
         chosen = self.wrong(drawn)
         wrong, planted, count = drawn.pictures[chosen], self.digits.planted, self.case.planted
         space = Workspace(store, Notes(**store.metadata["notes"]), "cpu")
-        features = space.capture(_Pictures(wrong))
+        features = space.capture(Pictures(wrong))
         alone, together = {}, {}
         scorers: dict[str, Literal["fisher", "dot"]] = {"gradsift": "fisher", "gradsift, no curvature": "dot"}
         for name, scorer in scorers.items():
@@ -168,7 +167,7 @@ class Run:
     def _exactly(self, space: Workspace, picture: np.ndarray) -> TopK:
         """Exact scores of all images for one picture, which is also written for the command line."""
         _write_png(self.query_path, picture)
-        question = _Pictures(picture[None])
+        question = Pictures(picture[None])
         sample = CurvatureSample(space, self.case.exact_rows)
         done = 0
 
@@ -201,7 +200,7 @@ def pixel_neighbours(digits: Digits, pictures: np.ndarray) -> dict[str, np.ndarr
     return {"pixel neighbours within the label": within, "pixel neighbours": scores}
 
 
-class _Pictures:
+class Pictures:
     """Pictures drawn for the label three, as queries."""
 
     def __init__(self, pixels: np.ndarray) -> None:
