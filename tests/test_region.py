@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -156,13 +157,18 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Stored:
     return Stored(tmp_path_factory.mktemp("region"))
 
 
+def cosines(directions: Tensor, rows: Tensor) -> Tensor:
+    """Mean over the parts of the cosines: (q, parts, numbers), (n, parts, numbers) -> (q, n)."""
+    unit = torch.nn.functional.normalize
+    return torch.einsum("qkd,ikd->qi", unit(directions, dim=2), unit(rows, dim=2)) / PARTS
+
+
 @pytest.mark.parametrize("scorer", ["dot", "cosine"])
 def test_exact_answers_of_a_store_in_parts_are_those_of_whole_gradients(stored: Stored, scorer: Any) -> None:
     if scorer == "dot":
         expected = stored.directions.sum(1) @ stored.rows.sum(1).T
     else:
-        unit = torch.nn.functional.normalize
-        expected = torch.einsum("qkd,ikd->qi", unit(stored.directions, dim=2), unit(stored.rows, dim=2)) / PARTS
+        expected = cosines(stored.directions, stored.rows)
     top = gs.topk(stored.store, stored.asked, 4, scorer, rescore=stored.rescorer(scorer))
     best = expected.topk(4).values
     np.testing.assert_allclose(top.scores, best, rtol=0, atol=1e-5 * float(expected.abs().max()))
@@ -172,6 +178,15 @@ def test_exact_answers_of_a_store_in_parts_are_those_of_whole_gradients(stored: 
     plain = gs.topk(stored.store, stored.asked, 9, scorer)
     noise = float((torch.from_numpy(plain.scores) - expected.gather(1, torch.from_numpy(plain.rows))).abs().max())
     assert noise <= 0.25 * float(expected.abs().max())
+
+
+def test_the_exact_cosine_of_a_set_divides_by_the_norm_of_its_mean_gradient(stored: Stored) -> None:
+    """A sketch knows that norm only up to its own error; the vectors of exact scores know it."""
+    one = stored.rescorer("cosine")
+    mean = [{name: (a[name] + b[name]) / 2 for name in a} for a, b in zip(*one.vectors, strict=True)]  # type: ignore[index]
+    top = gs.topk(stored.store, stored.asked, 4, "cosine", as_set=True, rescore=replace(one, vectors=[mean]))
+    expected = cosines(stored.directions.mean(dim=0, keepdim=True), stored.rows)
+    np.testing.assert_allclose(top.scores, expected.topk(4).values, rtol=0, atol=1e-5)
 
 
 def test_the_exact_fisher_of_a_store_in_parts_is_that_of_the_summed_loss(stored: Stored) -> None:

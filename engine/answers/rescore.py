@@ -43,10 +43,12 @@ class Exact(NamedTuple):
         scores: float64 (n,): ``<gradient of example i, v>``, the sum of its tokens; (n, parts) for a loss in parts.
         tokens: float64, shaped as the losses: what each token (n, T) or latent position of an image (n, H, W) adds, 0
             where there is none; (n, parts, ...) for a loss in parts.
+        lengths: float64, (parts,) for a loss in parts and () otherwise: the norm of the vector, if it is told.
     """
 
     scores: Tensor
     tokens: Tensor
+    lengths: Tensor | None = None
 
 
 def rescore(
@@ -115,7 +117,10 @@ class Rescorer:
         ]
         tokens = torch.cat(pad_alike(batches)) if batches else torch.zeros(0, len(parts), 0)
         scores = tokens.flatten(2).sum(dim=2)
-        return Exact(scores, tokens) if isinstance(self.token_losses, Sequence) else Exact(scores[:, 0], tokens[:, 0])
+        lengths = torch.tensor([part.length for part in parts], dtype=torch.float64)
+        if isinstance(self.token_losses, Sequence):
+            return Exact(scores, tokens, lengths)
+        return Exact(scores[:, 0], tokens[:, 0], lengths[0])
 
     def _parts(self, query: int) -> list[_Along]:
         """Each part's losses along its vector of this query."""
@@ -141,6 +146,7 @@ class _Along:
 
     def __init__(self, rescorer: Rescorer, token_losses: TokenLosses, v: Vector):
         self._rescorer, self._token_losses, self._v = rescorer, token_losses, v
+        self.length = _norm(v)
         half = _half_precision(rescorer.model)
         self._method: Method = "forward" if rescorer.method == "auto" and half is not None else rescorer.method
 
@@ -234,10 +240,14 @@ def _length(parameters: Mapping[str, nn.Parameter], v: Vector) -> float:
     for name, parameter in parameters.items():
         if v[name].shape != parameter.shape:
             raise SpecError(f"v[{name!r}] has shape {tuple(v[name].shape)}, expected {tuple(parameter.shape)}")
-    length = float(sum(t.detach().to(torch.float64).square().sum().item() for t in v.values()) ** 0.5)
+    length = _norm(v)
     if not 0 < length < float("inf"):
         raise ShapeError(f"v has length {length}, expected a positive number: look at the query's loss")
     return length
+
+
+def _norm(v: Vector) -> float:
+    return float(sum(t.detach().to(torch.float64).square().sum().item() for t in v.values()) ** 0.5)
 
 
 def _half_precision(model: nn.Module) -> torch.dtype | None:

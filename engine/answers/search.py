@@ -130,9 +130,9 @@ def _decide(
     chosen, tokens = [], []
     for query, listed in enumerate(rows):
         exact = rescore(query, listed)
-        divide = prepared.lengths[query] * np.ones((len(listed), *prepared.lengths.shape[1:]))
+        divide = np.ones((len(listed), *prepared.lengths.shape[1:]))
         if prepared.scorer == "cosine":
-            divide *= prepared.norms[listed]
+            divide *= prepared.norms[listed] * _query_lengths(prepared.lengths[query], exact)
         weight = np.divide(1.0, divide, out=np.zeros_like(divide), where=divide > 0)
         _one_per_row(exact, weight)
         shares = exact.tokens * torch.from_numpy(weight).reshape(
@@ -155,6 +155,11 @@ def _decide(
         torch.stack(pad_alike(tokens)).numpy(),
         np.take_along_axis(sketched, orders, axis=1),
     )
+
+
+def _query_lengths(sketched: np.ndarray, exact: Exact) -> np.ndarray:
+    """What a cosine divides by beside the rows' norms: the vector's own, which the mean of a set only has exactly."""
+    return sketched if exact.lengths is None else exact.lengths.numpy() * max(1, sketched.size)
 
 
 def _one_per_row(exact: Exact, weight: np.ndarray) -> None:
