@@ -43,10 +43,11 @@ def nothing(step: int, steps: int) -> None:
 @pytest.fixture(scope="module")
 def played(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, FeatureStore, Drawn, Found]:
     run = Run(TINY, tmp_path_factory.mktemp("demo"))
+    before = run.drawn()
     run.tune()
     drawn = run.drawn()
     store = run.extract()
-    return run, store, drawn, run.ask(store, drawn)
+    return run, store, drawn, run.ask(store, before, drawn)
 
 
 def test_planted_images_are_found_better_than_by_similar_pixels_with_the_same_label(played: Any) -> None:

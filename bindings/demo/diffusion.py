@@ -66,7 +66,7 @@ def play(case: DigitsCase, out: Path, console: Console) -> dict[str, Any]:
     with step(console, "every image's gradient sketched into a store", run):
         store = run.extract()
     with step(console, "asked why, beside the baselines", run):
-        found = run.ask(store, drawn["tuned"])
+        found = run.ask(store, drawn["before tuning"], drawn["tuned"])
     console.print()
     show_answer(console, run, found)
     console.print()

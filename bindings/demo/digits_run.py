@@ -64,7 +64,7 @@ class Found:
         rows: all images for the wrong pictures asked about as one, most influential first.
         alone: method -> precision@10 of one wrong picture, averaged over the pictures.
         together: method -> share of planted images among as many first ones as were planted, of all pictures as one.
-        shown: number of the picture that is shown, the clearest of the wrong ones.
+        shown: number of the picture that is shown: the clearest eight that was a clear three before tuning.
         answer: exact scores of all images for that picture, best first, with what each pixel adds.
     """
 
@@ -137,8 +137,11 @@ class Run:
         """Numbers of the first pictures that show an eight."""
         return np.flatnonzero(drawn.digits == EIGHT)[: self.case.queries]
 
-    def ask(self, store: FeatureStore, drawn: Drawn) -> Found:
+    def ask(self, store: FeatureStore, before: Drawn, drawn: Drawn) -> Found:
         """Rank all images by gradsift and by the baselines, for some of the wrong pictures.
+
+        Args:
+            before, drawn: pictures of the model before and after tuning.
 
         Raises:
             DataError: as of ``Workspace``.
@@ -156,13 +159,18 @@ class Run:
             alone[name] = precision(scores, planted)
             together[name] = precision(scores.mean(axis=0, keepdims=True), planted, count)
         alone["random"] = together["random"] = float(planted.mean())
-        best = int(self.judge.margin(wrong, EIGHT).argmax())
         rows = topk(store, features, len(store), "fisher", as_set=True).rows[0]
-        return Found(rows, alone, together, int(chosen[best]), self._exactly(space, wrong[best]))
+        shown = self._clearest(before, drawn)
+        return Found(rows, alone, together, shown, self._exactly(space, drawn.pictures[shown]))
 
     def random_rows(self, count: int) -> list[int]:
         """As many images drawn at random, always the same ones."""
         return sorted(random.Random(self.case.seed).sample(range(len(self.digits)), count))
+
+    def _clearest(self, before: Drawn, drawn: Drawn) -> int:
+        """The picture that was most clearly a three before tuning and is most clearly an eight now."""
+        was, is_now = self.judge.margin(before.pictures, THREE), self.judge.margin(drawn.pictures, EIGHT)
+        return int(np.minimum(was, is_now).argmax())
 
     def _exactly(self, space: Workspace, picture: np.ndarray) -> TopK:
         """Exact scores of all images for one picture, which is also written for the command line."""
