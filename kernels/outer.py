@@ -24,7 +24,7 @@ from torch import Tensor
 
 from gradsift.kernels.errors import BackendError, ShapeError
 from gradsift.kernels.hashing import buckets_and_signs, matrix_shape
-from gradsift.kernels.operands import Operands, Tokens, sum_dtype, words
+from gradsift.kernels.operands import Operands, Tokens, squared_norms, sum_dtype, words
 from gradsift.kernels.project import projections
 from gradsift.kernels.sketch import identity_offset, sketch_dense
 from gradsift.kernels.spec import SketchSpec
@@ -253,7 +253,7 @@ def _add_sketch(
     """Sketch gradients (n, thin, long) that nobody else holds: they are overwritten."""
     n, size = grad.shape[0], grad.shape[1] * grad.shape[2]
     if sqnorm is not None:
-        sqnorm.add_(torch.linalg.vector_norm(grad, dim=(1, 2)).square_())
+        sqnorm.add_(squared_norms(grad))
     if spec.kind == "identity":
         offset = identity_offset(spec, name, shape)
         out[:, offset : offset + size] += (grad.transpose(1, 2) if transposed else grad).reshape(n, size)

@@ -54,6 +54,14 @@ def test_segments(segments: tuple[int, ...]) -> None:
     check(torch.randn(20, 30), torch.randn(20, 4), segments)
 
 
+def test_norm_of_a_full_weights_gradient_is_exact() -> None:
+    """Millions of squares, summed one after another in float32, would be 1e-4 off."""
+    x, g = torch.randn(1, 2, 4096), torch.randn(1, 2, 1024)
+    sqnorm = torch.zeros(1)
+    sketch_outer(x, g, None, SPEC, name="m", shape=(1024, 4096), sqnorm=sqnorm)
+    assert error(sqnorm, (g.double().mT @ x.double()).square().sum((1, 2))) <= TOLERANCE
+
+
 def test_no_tokens_and_no_examples() -> None:
     x, g = torch.randn(0, 30), torch.randn(0, 4)
     sqnorm = torch.ones(2)
