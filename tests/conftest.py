@@ -28,3 +28,12 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     monkeypatch.setattr(torch, "empty", nan)
     yield
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Any]:
+    """`gradsift` in this process: ``cli("info", "a.zarr").code``, ``.out``, ``.err``."""
+    from commandline import commands
+
+    with commands(monkeypatch, capsys) as run:
+        yield run

@@ -234,14 +234,18 @@ def add_lora(model: Any, targets: Any = TARGETS, rank: int = 2, seed: int = 1) -
     return model
 
 
+def layers_of(model: Any) -> dict[str, Any]:
+    """A LoRA as `save_lora_weights` takes it."""
+    layers: dict[str, Any] = get_peft_model_state_dict(model)
+    if all(".attentions." in name for name in layers):  # else diffusers' own converter would mix two formats
+        layers = convert_state_dict_to_diffusers(layers)
+    return layers
+
+
 def save_lora(pipe: Any, folder: Path, **options: Any) -> str:
     """As diffusers' training scripts save it."""
-    model = add_lora(denoiser(pipe), **options)
     part = "unet" if hasattr(pipe, "unet") else "transformer"
-    layers = get_peft_model_state_dict(model)
-    if part == "unet":
-        layers = convert_state_dict_to_diffusers(layers)
-    pipe.save_lora_weights(folder, **{f"{part}_lora_layers": layers})
+    pipe.save_lora_weights(folder, **{f"{part}_lora_layers": layers_of(add_lora(denoiser(pipe), **options))})
     return str(folder)
 
 

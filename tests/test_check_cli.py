@@ -3,51 +3,17 @@
 from __future__ import annotations
 
 import json
-import logging
-import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pytest
+from commandline import Cli
 from rich.console import Console
 from tokens import save_adapter, save_base, write_jsonl
 
 from gradsift.bindings.check.render import mask
-from gradsift.bindings.cli import main
 from gradsift.engine.check.run import CHECKS
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
-
-class Run(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Cli = Callable[..., Run]
-
-
-@pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Cli]:
-    handlers, level, hook = logging.root.handlers[:], logging.getLogger("gradsift").level, sys.excepthook
-    monkeypatch.setenv("COLUMNS", "100")
-
-    def run(*arguments: str) -> Run:
-        monkeypatch.setattr(sys, "argv", ["gradsift", "check", *arguments])
-        capsys.readouterr()
-        code: Any = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code
-        return Run(int(code or 0), *capsys.readouterr())
-
-    yield run
-    logging.root.handlers[:] = handlers
-    logging.getLogger("gradsift").setLevel(level)
-    sys.excepthook = hook
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +31,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def test_json_holds_every_check(cli: Cli, site: dict[str, str]) -> None:
-    got = cli("--model", site["base"], "--adapter", site["adapter"], "--data", site["data"], "--dim", "512", "--json")
+    got = cli(
+        "check", "--model", site["base"], "--adapter", site["adapter"], "--data", site["data"], "--dim", "512", "--json"
+    )
     report = json.loads(got.out)
     found = {check["name"]: check["verdict"] for check in report["checks"]}
     assert list(found) == list(CHECKS)
@@ -77,7 +45,7 @@ def test_json_holds_every_check(cli: Cli, site: dict[str, str]) -> None:
 
 
 def test_people_get_tables_and_a_verdict(cli: Cli, site: dict[str, str]) -> None:
-    got = cli("--model", site["base"], "--adapter", site["adapter"], "--data", site["data"], "--dim", "512")
+    got = cli("check", "--model", site["base"], "--adapter", site["adapter"], "--data", site["data"], "--dim", "512")
     assert "kind of map" in got.out
     assert "q_proj" in got.out
     assert "✓  features" in got.out
@@ -87,7 +55,7 @@ def test_people_get_tables_and_a_verdict(cli: Cli, site: dict[str, str]) -> None
 
 
 def test_something_wrong_is_exit_code_1(cli: Cli, site: dict[str, str]) -> None:
-    got = cli("--model", site["base"], "--data", site["data"])
+    got = cli("check", "--model", site["base"], "--data", site["data"])
     assert got.code == 1
     assert "no LoRA layer" in got.out
     assert "do not trust results on this model yet" in got.out
@@ -95,11 +63,11 @@ def test_something_wrong_is_exit_code_1(cli: Cli, site: dict[str, str]) -> None:
 
 
 def test_bad_input_is_exit_code_2(cli: Cli, site: dict[str, str]) -> None:
-    got = cli("--model", site["base"], "--adapter", site["adapter"], "--data", site["bad"])
+    got = cli("check", "--model", site["base"], "--adapter", site["adapter"], "--data", site["bad"])
     assert got.code == 2
     assert "line 2" in got.err
     assert "column 'completion'" in got.err
-    assert cli("--model", site["base"], "--data", "absent.jsonl").code == 2
+    assert cli("check", "--model", site["base"], "--data", "absent.jsonl").code == 2
 
 
 def test_the_mask_shows_what_is_trained_on(tmp_path: Path) -> None:

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from commandline import Cli, refused
 from tokens import save_adapter, save_base, write_jsonl
 
-from gradsift.bindings.cli import main
 from gradsift.bindings.data import Dataset
 from gradsift.bindings.models import load
 from gradsift.engine.capture.capture import Capture
@@ -26,12 +24,6 @@ from gradsift.engine.losses import language_model
 from gradsift.engine.store.reader import FeatureStore
 
 WORDS = ["the", "cat", "sat", "on", "mat", "Paris", "is", "capital", "of", "France"]
-
-
-class Run(NamedTuple):
-    code: int
-    out: str
-    err: str
 
 
 class Site(NamedTuple):
@@ -44,9 +36,6 @@ class Site(NamedTuple):
     store: str
 
 
-Cli = Callable[..., Run]
-
-
 def records(n: int) -> list[dict[str, Any]]:
     draw = np.random.default_rng(0)
     return [
@@ -57,27 +46,6 @@ def records(n: int) -> list[dict[str, Any]]:
         }
         for i in range(n)
     ]
-
-
-@pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Cli]:
-    handlers, level, hook = logging.root.handlers[:], logging.getLogger("gradsift").level, sys.excepthook
-    monkeypatch.setenv("COLUMNS", "100")
-
-    def run(*arguments: str) -> Run:
-        monkeypatch.setattr(sys, "argv", ["gradsift", *arguments])
-        capsys.readouterr()
-        code: Any = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code
-        return Run(int(code or 0), *capsys.readouterr())
-
-    yield run
-    logging.root.handlers[:] = handlers
-    logging.getLogger("gradsift").setLevel(level)
-    sys.excepthook = hook
 
 
 @pytest.fixture(scope="module")
@@ -105,14 +73,6 @@ def store(site: Site, cli: Cli) -> str:
 def extraction(site: Site, out: str, *more: str) -> list[str]:
     where = ["--model", site.base, "--adapter", site.adapter, "--data", site.data, "--out", out]
     return ["extract", *where, "--dim", "256", "--curvature", "20", "--device", "cpu", *more]
-
-
-def refused(run: Run, *words: str) -> None:
-    assert run.code == 2, run
-    assert run.err.count("\n") == 1, run.err
-    assert "Traceback" not in run.err
-    for word in words:
-        assert word in run.err
 
 
 def test_extract_says_what_it_trained_on_and_what_next(site: Site, cli: Cli, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -184,8 +185,22 @@ def test_kohya_and_peft_files_load_as_the_same_lora(site: Path, tmp_path: Path) 
         assert torch.equal(parameter, saved), name
 
 
+def test_lora_on_convolutions_is_captured(site: Path, tmp_path: Path) -> None:
+    pipelines.save_lora(pipelines.sd(), tmp_path / "conv", targets=["conv_in", "conv1", "proj_in", *pipelines.TARGETS])
+    pipeline = load(str(site / "sd"), str(tmp_path / "conv"), device="cpu")
+    images = Dataset(open_images(site / "data"), Encoder(pipeline, RESOLUTION))
+    loss = Diffusion(NoiseSchedule.of(pipeline.pipe.scheduler), measurements=2)
+    capture = gs.Capture(pipeline.denoiser, gs.SketchSpec(kind="identity"))
+    assert {row.shape for row in capture.table} > {(2, 4, 3, 3), (8, 2, 1, 1)}
+    rows = capture(images.fetch([0, 1, 2]), loss)
+    v = gs.gradient(pipeline.denoiser, images.fetch([1]), loss)
+    flat = torch.cat([v[row.name].flatten() for row in capture.table])
+    torch.testing.assert_close(rows.values[1], flat, rtol=1e-4, atol=1e-5 * float(flat.norm()))
+
+
 def altered(site: Path, tmp_path: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> str:
     weights = load_file(site / "sd_lora" / "pytorch_lora_weights.safetensors")
+    warnings.filterwarnings("ignore", message="While injecting the PEFT adapters", category=RuntimeWarning)
     path = tmp_path / "altered.safetensors"
     save_file(change(weights), path)
     return str(path)
@@ -195,13 +210,24 @@ def altered(site: Path, tmp_path: Path, change: Callable[[dict[str, torch.Tensor
     ("change", "sentence"),
     [
         (lambda w: dict(list(w.items())[1:]), "does not fill the model: 1 LoRA tensors"),
-        (lambda w: {k.replace("down_blocks.1", "down_blocks.0"): v for k, v in w.items()}, "16 of its 64 tensors"),
+        (
+            lambda w: {k.replace("down_blocks.1", "down_blocks.0"): v for k, v in w.items()},
+            "loads 48 of its 64 tensors",
+        ),
         (lambda w: {f"base_model.{k}": v for k, v in w.items()}, "64 of its 64 tensors belong to no part"),
         (lambda w: {k: torch.cat([v, v], 1) if ".down." in k else v for k, v in w.items()}, "has shape"),
+        (
+            lambda w: {
+                "unet.conv_in.lora_A.weight": torch.ones(2, 4, 3, 3),
+                "unet.conv_in.lora_B.weight": torch.ones(8, 2, 1, 1),
+                **w,
+            },
+            "loads 2 of its 66 tensors",
+        ),
         (lambda w: {**w, "unet.mid_block.x.dora_scale": torch.ones(2)}, "is a DoRA"),
         (lambda w: {k.replace("unet.", "text_encoder."): v for k, v in w.items()}, "LoRA"),
     ],
-    ids=["hole", "other layers", "no prefix", "other shapes", "DoRA", "text encoder only"],
+    ids=["hole", "other layers", "no prefix", "other shapes", "two formats", "DoRA", "text encoder only"],
 )
 def test_a_lora_that_does_not_fit_is_refused(change: Any, sentence: str, site: Path, tmp_path: Path) -> None:
     path = altered(site, tmp_path, change)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,10 @@ _VARIANTS = {
 
 
 _MISMATCH = re.compile(r"size mismatch for (\S+): .*?\[([\d, ]*)\].*?\[([\d, ]*)\]")
+
+
+_ADAPTER = re.compile(r"(\.lora_[AB])\.[^.]+\.weight$")
+"""What a LoRA parameter's name ends in: with the adapter's name, which a file does not have."""
 
 
 def load_lora(pipe: Any, denoiser: str, source: str) -> str:
@@ -190,20 +195,20 @@ def _compare(pipe: Any, denoiser: str, weights: dict[str, Tensor], what: str, be
             )
         arrived = len(loaded) - (before if component == denoiser else 0)
         if arrived != count:
-            lost = _without_place(weights, component, getattr(pipe, component)) or [component]
+            lost = _not_arrived(weights, component, loaded)
             raise DataError(
-                f"{what} does not fit the model: {count - arrived} of its {count} tensors for the {component} have no "
-                f"place there ({first(lost)}): give the model that it was trained on"
+                f"{what} does not fit the model: diffusers loads {arrived} of its {count} tensors for the {component}, "
+                f"not {first(lost)}: give the model that it was trained on, and names that are all of one format"
             )
 
 
-def _without_place(weights: dict[str, Tensor], component: str, model: nn.Module) -> list[str]:
-    """Names of tensors whose layer the model does not have."""
+def _not_arrived(weights: dict[str, Tensor], component: str, loaded: Iterable[str]) -> list[str]:
+    """Names of tensors that the model does not hold; of a file that mixes formats, diffusers reads only one."""
     convert = require("diffusers.utils").convert_unet_state_dict_to_peft
     prefix = f"{component}."
     mine = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-    layers = {name for name, _ in model.named_modules()}
-    return [name for name in convert(mine) if name.split(".lora_")[0] not in layers]
+    there = {_ADAPTER.sub(r"\1.weight", name) for name in loaded}
+    return [name for name in convert(mine) if name not in there] or [prefix]
 
 
 def _lora_tensors(model: nn.Module | None) -> dict[str, Tensor]:

@@ -90,6 +90,8 @@ def load(model: str, lora: str | None = None, *, dtype: str | None = None, devic
     _refuse_other_folders(model)
     index = attempt(what, diffusers.DiffusionPipeline.load_config, model)
     family = family_of(str(index.get("_class_name")), what)
+    if family.encode is not None and (index.get("vae") or [None])[0] is None:
+        raise DataError(f"{what} has no VAE, which turns images into what its {family.denoiser} reads: add one to it")
     # A safety checker only looks at finished pictures.
     unused = {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in index else {}
     numbers = DTYPES[dtype or "float32"]
@@ -97,8 +99,6 @@ def load(model: str, lora: str | None = None, *, dtype: str | None = None, devic
         # Later releases call it dtype, which earlier ones do not know.
         warnings.filterwarnings("ignore", message=".*torch_dtype", category=FutureWarning)
         pipe = attempt(what, diffusers.DiffusionPipeline.from_pretrained, model, torch_dtype=numbers, **unused)
-    if family.encode is not None and pipe.vae is None:
-        raise DataError(f"{what} has no VAE, which turns images into what its {family.denoiser} reads: add one to it")
     said = load_lora(pipe, family.denoiser, lora) if lora is not None else ""
     pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     for component in pipe.components.values():
@@ -109,7 +109,7 @@ def load(model: str, lora: str | None = None, *, dtype: str | None = None, devic
 
 def hush() -> None:
     """No progress bars and warnings of the libraries that load: what matters of them is said by this one."""
-    for name in ("diffusers", "transformers"):
+    for name in ("transformers", "diffusers"):  # in this order: diffusers imports the other, which warns
         noise = require(name).utils.logging
         noise.set_verbosity(logging.CRITICAL)
         noise.disable_progress_bar()
