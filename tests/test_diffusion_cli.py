@@ -71,8 +71,8 @@ def test_the_commands_of_the_docs(site: Path, cli: Cli, monkeypatch: pytest.Monk
     assert len(commands) == 8
     for command in commands:
         words = shlex.split(command)[1:]
-        small = ["--dim", "256"] if words[0] in ("check", "extract") else []
-        done = cli(*words, *small, *(["--device", "cpu"] if words[0] != "info" else []))
+        small = {"check": ["--dim", "256"], "extract": ["--dim", "256", "--curvature", "8"], "query": []}.get(words[0])
+        done = cli(*words, *([] if small is None else [*small, "--device", "cpu"]))
         # An untrained model may fail check's question whether it predicts its target, and only that one.
         assert done.code == 0 or (words[0] == "check" and "1 of 12 checks failed (labels)" in done.out), done
     for picture in ("grid.png", "style.png", "xl.png"):
@@ -198,16 +198,26 @@ def test_bad_images_are_named_and_left_out_when_asked(site: Path, store: str, cl
         "missing": (append("metadata.jsonl", {"file_name": "gone.png", "text": "x"}), "'gone.png' does not exist"),
         "unlisted": (lambda f: pipelines.picture(1).save(f / "new.png"), "image 'new.png' has no caption"),
         "notext": (append("metadata.jsonl", {"file_name": "000.png", "text": ["a", "b"]}), "a list, expected the text"),
-        "notjson": (lambda f: (f / "metadata.jsonl").open("a").write("{oops\n"), "metadata.jsonl line 11, column 2"),
+        "notjson": (
+            lambda f: (f / "metadata.jsonl").open("a").write("{oops\n"),
+            "metadata.jsonl line 11, column 2: not JSON",
+        ),
     }
     for name, (change, sentence) in cases.items():
-        data = edited(site, name, change)
-        refused(cli(*extraction(f"{name}.zarr", data=data)), sentence)
-        assert not Path(f"{name}.zarr").exists()
-        done = cli(*extraction(f"{name}.zarr", "--skip-bad", data=data))
-        assert done.code == 0, done.err
-        assert sentence in " ".join(done.out.split())
-        assert len(gs.FeatureStore.open(f"{name}.zarr")) in (9, 10)
+        refused(cli(*extraction("bad.zarr", data=edited(site, name, change))), sentence)
+        assert not Path("bad.zarr").exists()
+
+    def every(folder: Path) -> None:
+        for name in ("corrupt", "textonly", "missing", "unlisted", "notjson"):
+            cases[name][0](folder)
+
+    done = cli(*extraction("bad.zarr", "--skip-bad", data=edited(site, "every", every)))
+    assert done.code == 0, done.err
+    said = " ".join(done.out.split())
+    assert "left out 5 images" in said
+    for name, line in (("corrupt", 11), ("textonly", 11), ("missing", 12), ("unlisted", 11), ("notjson", 13)):
+        assert cases[name][1].replace("line 11", f"line {line}") in said
+    assert len(gs.FeatureStore.open("bad.zarr")) == 9
     Path("rows.jsonl").write_text('{"image": "images/000.png", "text": "a"}\n{"text": "b"}\n')
     refused(cli(*extraction("rows.zarr", data="rows.jsonl")), "rows.jsonl line 2, column 'image': missing")
 
@@ -327,15 +337,11 @@ def test_check_finds_a_wrong_prediction_type(given: str, verdict: str) -> None:
 
 
 def test_a_killed_extraction_goes_on_and_ends_the_same(site: Path, store: str, cli: Cli, tmp_path: Path) -> None:
-    pipelines.save_pictures(tmp_path / "images", 70)
-    arguments = ("--batch-size", "1", "--measurements", "2", "--json")
-
-    def start(out: Path) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "gradsift", *extraction(str(out), *arguments, data=str(tmp_path / "images"))]
-        env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
-
-    killed = start(tmp_path / "killed.zarr")
+    data = pipelines.save_pictures(tmp_path / "images", 70)
+    small = ("--batch-size", "1", "--measurements", "1")
+    command = [sys.executable, "-m", "gradsift", *extraction(str(tmp_path / "killed.zarr"), *small, data=data)]
+    env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    killed = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
     deadline = time.monotonic() + 120
     while not list((tmp_path / "killed.zarr").glob("blocks/c.*")) and killed.poll() is None:
         assert time.monotonic() < deadline
@@ -343,12 +349,10 @@ def test_a_killed_extraction_goes_on_and_ends_the_same(site: Path, store: str, c
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
     assert not gs.FeatureStore.open(tmp_path / "killed.zarr", unfinished=True).complete
-    again = start(tmp_path / "killed.zarr")
-    whole = cli(*extraction(str(tmp_path / "whole.zarr"), *arguments, data=str(tmp_path / "images")))
-    assert whole.code == 0, whole.err
-    out, err = again.communicate(timeout=120)
-    assert again.returncode == 0, err
-    assert json.loads(out)["examples"] == 70
+    for name in ("killed.zarr", "whole.zarr"):
+        done = cli(*extraction(str(tmp_path / name), *small, data=data))
+        assert done.code == 0, done.err
+        assert "70 images" in done.out
     files = [p.relative_to(tmp_path / "whole.zarr") for p in (tmp_path / "whole.zarr").rglob("*") if p.is_file()]
     assert len(files) > 8
     for file in files:
