@@ -14,8 +14,10 @@ _EXTRA = {
     "datasets": "hf",
     "diffusers": "diffusion",
     "gguf": "hf",
+    "huggingface_hub": "diffusion",
     "matplotlib": "plot",
     "peft": "hf",
+    "safetensors": "diffusion",
     "sklearn": "diffusion",
     "transformers": "hf",
 }

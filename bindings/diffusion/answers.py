@@ -178,6 +178,9 @@ def _mosaic(questions: Dataset) -> np.ndarray:
     """The query's image; of several the first four, or nine, as one square."""
     side = 1 if len(questions) == 1 else 2 if len(questions) <= 4 else 3
     pictures = [questions.picture(i).pixels for i in range(min(len(questions), side * side))]
-    white = np.full_like(pictures[0], 255)
-    pictures += [white] * (side * side - len(pictures))
+    if side == 1:
+        return pictures[0]
+    line = max(1, len(pictures[0]) // 40)
+    pictures = [np.pad(p, ((line, line), (line, line), (0, 0)), constant_values=255) for p in pictures]
+    pictures += [np.full_like(pictures[0], 255)] * (side * side - len(pictures))
     return np.concatenate([np.concatenate(pictures[i * side : (i + 1) * side], axis=1) for i in range(side)])
