@@ -145,12 +145,12 @@ def test_noise_follows_the_id_or_nobody() -> None:
     model, batch = tiny_unet(), images(2)
     batch["latents"][1], batch["class_labels"][1] = batch["latents"][0], batch["class_labels"][0]
     shared = ddpm_loss(measurements=K)(model, batch).detach()
-    torch.testing.assert_close(shared[0], shared[1], rtol=1e-6, atol=0)
+    torch.testing.assert_close(shared[0], shared[1], rtol=1e-5, atol=0)
     mine = ddpm_loss(measurements=K, noise="per_example")
     own = mine(model, {**batch, "ids": ["x", "y"]}).detach()
     assert abs(float(own[0] - own[1])) > 1e-3
     swapped = mine(model, {**batch, "ids": ["y", "x"]}).detach()
-    torch.testing.assert_close(swapped, own.flip(0), rtol=1e-6, atol=0)
+    torch.testing.assert_close(swapped, own.flip(0), rtol=1e-5, atol=0)
     seen: list[Tensor] = []
 
     def record(model: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: Any) -> Tensor:
