@@ -19,10 +19,10 @@ from torch import Tensor, nn
 import gradsift as gs
 from gradsift.engine.losses import Diffusion, NoiseSchedule
 
-EXAMPLES, SIZE = (8, 32) if FULL else (2, 8)
+EXAMPLES, SIZE = (4, 32) if FULL else (2, 8)
 WIDTHS = (64, 128) if FULL else (16, 32)
 TEXT, TOKENS = (128, 32) if FULL else (8, 3)
-ROUNDS = 15 if FULL else 2
+ROUNDS = 7 if FULL else 2
 MEASUREMENTS = 4
 LISTED, AT_ONCE = (100, 5) if FULL else (4, 2)
 LINEAR = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
