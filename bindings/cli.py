@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from enum import StrEnum
@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from typer.core import TyperCommand, TyperGroup
 
 from gradsift.bindings.extras import require
@@ -164,6 +163,15 @@ Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:0; a GPU w
 Store = Annotated[Path, typer.Argument(help="A store that `gradsift extract` wrote.", show_default=False)]
 OtherModel = Annotated[str | None, typer.Option("--model", help="Where the model is now, if it moved.")]
 OtherAdapter = Annotated[str | None, typer.Option("--adapter", help="Where the adapter is now, if it moved.")]
+CurvatureRows = Annotated[
+    int, typer.Option(help="Rows of the curvature sample, which the default scorer needs; 0 for none.")
+]
+StoreDtype = Annotated[StorePrecision, typer.Option(help="Of the store: float16 halves it, at 2e-4 relative error.")]
+HowScored = Annotated[Scorer, typer.Option(help="fisher corrects for curvature; dot and cosine are plain.")]
+ExactRows = Annotated[
+    int, typer.Option(min=1, help="Curvature rows behind --exact fisher answers, at most: fewer are faster.")
+]
+Seconds = Annotated[float, typer.Option(help="About how long the rankings may take.")]
 OtherData = Annotated[str | None, typer.Option("--train", help="Where the training data is now, if it moved.")]
 
 
@@ -190,18 +198,14 @@ def extract(
         list[str] | None,
         typer.Option(help="Layers to capture: lora, or a glob such as '*.q_proj'; may be repeated.  \\[default: lora]"),
     ] = None,
-    curvature: Annotated[
-        int, typer.Option(help="Rows of the curvature sample, which the default scorer needs; 0 for none.")
-    ] = 2000,
+    curvature: CurvatureRows = 2000,
     max_length: Annotated[int, typer.Option(help="Tokens kept per example; the end is cut.")] = 1024,
     batch_tokens: Annotated[int, typer.Option(help="Tokens in a batch, padding included.")] = 4096,
     batch_size: Annotated[int | None, typer.Option(help="Examples in a batch, at most.")] = None,
     dtype: Annotated[
         Precision | None, typer.Option(help="Of the model: float32 on a CPU, as saved on a GPU.", show_default=False)
     ] = None,
-    store_dtype: Annotated[
-        StorePrecision, typer.Option(help="Of the store: float16 halves it, at 2e-4 relative error.")
-    ] = StorePrecision.float32,
+    store_dtype: StoreDtype = StorePrecision.float32,
     eos: Annotated[
         bool, typer.Option("--eos/--no-eos", help="Close text and completions with the end-of-sequence token.")
     ] = True,
@@ -225,7 +229,7 @@ def extract(
     from gradsift.bindings.data import Dataset
     from gradsift.bindings.describe import describe, print_survey
     from gradsift.bindings.models import load
-    from gradsift.bindings.render import bytes_text
+    from gradsift.bindings.render import bytes_text, ticking
     from gradsift.bindings.space import absolute
     from gradsift.bindings.workspace import Notes
     from gradsift.engine.extraction.extract import extract as run
@@ -237,7 +241,7 @@ def extract(
     read_description(out)
     hush()
     loaded = load(model, adapter, tokenizer=tokenizer, dtype=dtype and dtype.value, device=device)
-    with _reading() as progress:
+    with ticking("checking the data") as progress:
         examples = Dataset.open(
             data,
             loaded.tokenizer,
@@ -250,7 +254,7 @@ def extract(
     survey, trained_on = examples.survey, examples.encoder.trained_on
     if not as_json:
         print_survey(Console(), examples)
-    selected: str | list[str] = "lora" if modules in (None, ["lora"]) else list(modules or [])
+    selected = layers(modules)
     notes = Notes(
         model=str(absolute(model)),
         data=str(absolute(data)),
@@ -301,12 +305,8 @@ def query(
     exact: Annotated[
         bool, typer.Option("--exact", help="Order a short list by exact gradients; the sketch only finds it.")
     ] = False,
-    scorer: Annotated[
-        Scorer, typer.Option(help="fisher corrects for curvature; dot and cosine are plain.")
-    ] = Scorer.fisher,
-    sample: Annotated[
-        int, typer.Option(min=1, help="Curvature rows behind --exact fisher answers, at most: fewer are faster.")
-    ] = 256,
+    scorer: HowScored = Scorer.fisher,
+    sample: ExactRows = 256,
     whole: Annotated[bool, typer.Option("--whole", help="Show long texts whole.")] = False,
     model: OtherModel = None,
     adapter: OtherAdapter = None,
@@ -440,6 +440,11 @@ class _Notes(logging.Handler):
         console.print(f"[yellow]note[/yellow]   {escape(self.format(record))}")
 
 
+def layers(modules: list[str] | None) -> str | list[str]:
+    """What --modules, given so often, selects."""
+    return "lora" if modules is None or modules == ["lora"] else modules
+
+
 def print_selection(chosen: Selection, out: Path, total: int, as_json: bool) -> None:
     """What was chosen, of how many."""
     best, last = float(chosen.scores[0]), float(chosen.scores[-1])
@@ -484,18 +489,3 @@ def _workspace(store: Path, model: str | None, adapter: str | None, train: str |
 def _block(examples: int, dim: int) -> int:
     """Examples that are sorted by length and committed together: 16 MB, less for small data."""
     return max(1, min((1 << 22) // dim, max(64, -(-examples // 16))))
-
-
-@contextmanager
-def _reading() -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal while the data is checked."""
-    with Progress(
-        TextColumn("checking the data"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        console=Console(stderr=True),
-        transient=True,
-        disable=not sys.stderr.isatty(),
-    ) as bar:
-        task = bar.add_task("")
-        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,9 +1,11 @@
-"""What the command line prints: tables, and text whose pulling and pushing tokens are coloured."""
+"""What the command line prints: tables, bars, and text whose pulling and pushing tokens are coloured."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["LEGEND", "bar", "bytes_text", "coloured", "facts", "number", "table"]
+__all__ = ["LEGEND", "bar", "bytes_text", "coloured", "facts", "number", "table", "ticking"]
 
 LEGEND = Text.assemble(
     ("green", "black on green"), " pulls the query's loss down, ", ("red", "black on red"), " pushes it up"
@@ -111,12 +113,25 @@ def number(value: float) -> str:
 
 @contextmanager
 def bar(what: str, total: int) -> Iterator[Callable[[], None]]:
-    """A bar on standard error, where that is a terminal: gives the function to call after each of ``total`` steps."""
+    """As ``ticking``, but gives the function to call after each of ``total`` steps."""
+    with ticking(what) as tick:
+        tick(0, total)
+        done = count(1)
+        yield lambda: tick(next(done), total)
+
+
+@contextmanager
+def ticking(what: str) -> Iterator[Callable[..., None]]:
+    """A bar on standard error, where that is a terminal: gives ``tick(done, total, what=what)``."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(what, total=total)
-        yield lambda: progress.advance(task)
+    with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task(what, total=None)
+
+        def tick(done: int, total: int, what: str = what) -> None:
+            progress.update(task, completed=done, total=total, description=what)
+
+        yield tick
 
 
 def bytes_text(size: float) -> str:

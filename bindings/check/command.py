@@ -10,7 +10,7 @@ import numpy as np
 import typer
 from rich.console import Console
 
-from gradsift.bindings.cli import AsJson, Device, Kind, ModelKind, OfKind, Precision, status
+from gradsift.bindings.cli import AsJson, Device, Kind, ModelKind, OfKind, Precision, Seconds, layers, status
 from gradsift.kernels.errors import DataError
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def check(
         typer.Option(help="Layers to capture: lora, or a glob such as '*.q_proj'; may be repeated.  [default: lora]"),
     ] = None,
     examples: Annotated[int, typer.Option(min=2, help="Examples to rank, spread over the data; 8 go one by one.")] = 64,
-    seconds: Annotated[float, typer.Option(help="About how long the rankings may take.")] = 60.0,
+    seconds: Seconds = 60.0,
     max_length: Annotated[int, typer.Option(help="Tokens kept per example; the end is cut.")] = 1024,
     batch_tokens: Annotated[int, typer.Option(help="Tokens in a batch, padding included.")] = 4096,
     dtype: Annotated[
@@ -95,12 +95,11 @@ def check(
             check=False,
         )
         rows = np.unique(np.linspace(0, len(dataset) - 1, examples).round().astype(int)).tolist()
-        selected: str | list[str] = "lora" if modules in (None, ["lora"]) else list(modules or [])
         report = run(
             loaded.model,
             _batches(dataset, rows, batch_tokens),
             spec=spec,
-            modules=selected,
+            modules=layers(modules),
             examples=_ONE_BY_ONE,
             pool=len(rows),
             seconds=seconds,

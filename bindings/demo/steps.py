@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +10,8 @@ from typing import Protocol
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from gradsift.bindings.render import ticking
 
 __all__ = ["Ticks", "quiet", "step"]
 
@@ -39,14 +39,7 @@ def quiet() -> Iterator[None]:
 def step(console: Console, what: str, run: _Ticking | None = None) -> Iterator[Ticks]:
     """A bar on a terminal while a step runs, which the run's ``ticks`` move; then a line with its seconds."""
     start = time.perf_counter()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
-    with bar:
-        task = bar.add_task(what, total=None)
-
-        def ticks(step: int, steps: int) -> None:
-            bar.update(task, completed=step, total=steps)
-
+    with ticking(what) as ticks:
         if run is not None:
             run.ticks = ticks
         yield ticks

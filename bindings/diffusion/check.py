@@ -11,7 +11,8 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from gradsift.bindings.cli import AsJson, Device, Kind, ModelKind, Precision, status
+from gradsift.bindings.cli import AsJson, Device, Kind, ModelKind, Precision, Seconds, layers, status
+from gradsift.bindings.diffusion.command import DenoiserPrecision, Dim, Layers, Lora, PipelinePath, Seed
 
 __all__ = ["app"]
 
@@ -20,27 +21,22 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 
 @app.command(name="check", context_settings={"help_option_names": ["-h", "--help"]})
 def _check(
-    model: Annotated[str, typer.Option(help="Folder or Hugging Face id of a diffusers pipeline.", show_default=False)],
+    model: PipelinePath,
     data: Annotated[str, typer.Option(help="The training images, as for extract; a few are read.", show_default=False)],
     kind: ModelKind = Kind.diffusion,
-    lora: Annotated[
-        str | None, typer.Option(help="LoRA of diffusers, kohya or PEFT: a file, a folder, or a Hugging Face id.")
-    ] = None,
+    lora: Lora = None,
     prompt: Annotated[str | None, typer.Option(help="Caption of the images that have none.")] = None,
     resolution: Annotated[int | None, typer.Option(help="Of the training.", show_default="the model's")] = None,
     measurements: Annotated[int, typer.Option(min=1, help="Timesteps with a noise each, per image.")] = 4,
-    dim: Annotated[int, typer.Option(help="Numbers per image, a multiple of 64.")] = 4096,
-    seed: Annotated[int, typer.Option(help="Of the sketch, and of the noises.")] = 0,
-    modules: Annotated[
-        list[str] | None,
-        typer.Option(help="Layers to capture: lora, or a glob such as '*.to_q'; may be repeated.  \\[default: lora]"),
-    ] = None,
+    dim: Dim = 4096,
+    seed: Seed = 0,
+    modules: Layers = None,
     examples: Annotated[
         int, typer.Option(min=2, help="Images to rank, spread over the data; a batch goes one by one.")
     ] = 32,
-    seconds: Annotated[float, typer.Option(help="About how long the rankings may take.")] = 60.0,
+    seconds: Seconds = 60.0,
     batch_size: Annotated[int, typer.Option(min=2, help="Images in a batch.")] = 4,
-    dtype: Annotated[Precision, typer.Option(help="Of the model; VAEs run in float32.")] = Precision.float32,
+    dtype: DenoiserPrecision = Precision.float32,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
@@ -82,7 +78,7 @@ def _check(
             batches,
             loss,
             spec=spec,
-            modules="lora" if modules in (None, ["lora"]) else list(modules or []),
+            modules=layers(modules),
             examples=batch_size,
             pool=len(rows),
             seconds=seconds,

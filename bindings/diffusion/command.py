@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from enum import StrEnum
 from pathlib import Path
@@ -14,11 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from gradsift.bindings.cli import (
     AsJson,
+    CurvatureRows,
     Device,
+    ExactRows,
+    HowScored,
     Kind,
     ModelKind,
     OtherData,
@@ -27,7 +26,9 @@ from gradsift.bindings.cli import (
     Reduce,
     Scorer,
     Store,
+    StoreDtype,
     StorePrecision,
+    layers,
     print_selection,
 )
 from gradsift.kernels.errors import DataError
@@ -41,6 +42,19 @@ extract = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich
 select = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
 query = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
 
+PipelinePath = Annotated[
+    str, typer.Option(help="Folder or Hugging Face id of a diffusers pipeline.", show_default=False)
+]
+Lora = Annotated[
+    str | None, typer.Option(help="LoRA of diffusers, kohya or PEFT: a file, a folder, or a Hugging Face id.")
+]
+Dim = Annotated[int, typer.Option(help="Numbers per image, a multiple of 64.")]
+Seed = Annotated[int, typer.Option(help="Of the sketch, and of the noises.")]
+Layers = Annotated[
+    list[str] | None,
+    typer.Option(help="Layers to capture: lora, or a glob such as '*.to_q'; may be repeated.  \\[default: lora]"),
+]
+DenoiserPrecision = Annotated[Precision, typer.Option(help="Of the model; VAEs run in float32.")]
 OtherLora = Annotated[str | None, typer.Option("--lora", help="Where the LoRA is now, if it moved.")]
 
 _HELP = {"help_option_names": ["-h", "--help"]}
@@ -62,7 +76,7 @@ class Timesteps(StrEnum):
 
 @extract.command(name="extract", context_settings=_HELP)
 def _extract(
-    model: Annotated[str, typer.Option(help="Folder or Hugging Face id of a diffusers pipeline.", show_default=False)],
+    model: PipelinePath,
     data: Annotated[
         str,
         typer.Option(
@@ -73,9 +87,7 @@ def _extract(
     ],
     out: Annotated[Path, typer.Option(help="The store to write: a new folder, or one to finish.", show_default=False)],
     kind: ModelKind = Kind.diffusion,
-    lora: Annotated[
-        str | None, typer.Option(help="LoRA of diffusers, kohya or PEFT: a file, a folder, or a Hugging Face id.")
-    ] = None,
+    lora: Lora = None,
     prompt: Annotated[
         str | None, typer.Option(help="Caption of the images that have none, such as DreamBooth's instance prompt.")
     ] = None,
@@ -97,22 +109,15 @@ def _extract(
     parts: Annotated[
         bool, typer.Option("--parts", help="Keep measurements apart: as many times the rows; cosine normalises each.")
     ] = False,
-    dim: Annotated[int, typer.Option(help="Numbers per image, a multiple of 64.")] = 4096,
-    seed: Annotated[int, typer.Option(help="Of the sketch, and of the noises.")] = 0,
-    modules: Annotated[
-        list[str] | None,
-        typer.Option(help="Layers to capture: lora, or a glob such as '*.to_q'; may be repeated.  \\[default: lora]"),
-    ] = None,
-    curvature: Annotated[
-        int, typer.Option(help="Rows of the curvature sample, which the default scorer needs; 0 for none.")
-    ] = 2000,
+    dim: Dim = 4096,
+    seed: Seed = 0,
+    modules: Layers = None,
+    curvature: CurvatureRows = 2000,
     batch_size: Annotated[
         int, typer.Option(help="Images in a batch; the model sees as many times the measurements.")
     ] = 4,
-    dtype: Annotated[Precision, typer.Option(help="Of the model; VAEs run in float32.")] = Precision.float32,
-    store_dtype: Annotated[
-        StorePrecision, typer.Option(help="Of the store: float16 halves it, at 2e-4 relative error.")
-    ] = StorePrecision.float32,
+    dtype: DenoiserPrecision = Precision.float32,
+    store_dtype: StoreDtype = StorePrecision.float32,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave unusable images out, and name them.")] = False,
     device: Device = None,
     as_json: AsJson = False,
@@ -134,7 +139,7 @@ def _extract(
     from gradsift.bindings.diffusion.images import open_images
     from gradsift.bindings.diffusion.pipelines import hush, load
     from gradsift.bindings.diffusion.workspace import Notes, cache_of
-    from gradsift.bindings.render import bytes_text
+    from gradsift.bindings.render import bytes_text, ticking
     from gradsift.bindings.space import absolute
     from gradsift.engine.extraction.extract import extract as run
     from gradsift.engine.losses import Diffusion, NoiseSchedule
@@ -156,12 +161,12 @@ def _extract(
         predict=pipeline.family.predict,
     )
     encoder = Encoder(pipeline, resolution, cache_of(out))
-    with _progress() as progress:
+    with ticking("") as progress:
         images = Dataset(entries, encoder, prompt, skip_bad=skip_bad, progress=progress)
     encoder.rest()
     if not as_json:
         print_image_survey(Console(), images, pipeline, loss)
-    selected: str | list[str] = "lora" if modules in (None, ["lora"]) else list(modules or [])
+    selected = layers(modules)
     notes = Notes(
         model=str(absolute(model)),
         data=str(absolute(data)),
@@ -220,12 +225,8 @@ def _query(
     exact: Annotated[
         bool, typer.Option("--exact", help="Order a short list by exact gradients, and map which regions pull.")
     ] = False,
-    scorer: Annotated[
-        Scorer, typer.Option(help="fisher corrects for curvature; dot and cosine are plain.")
-    ] = Scorer.fisher,
-    sample: Annotated[
-        int, typer.Option(min=1, help="Curvature rows behind --exact fisher answers, at most: fewer are faster.")
-    ] = 64,
+    scorer: HowScored = Scorer.fisher,
+    sample: ExactRows = 64,
     kind: Annotated[Kind, typer.Option(help="What kind of model it is; the store knows.")] = Kind.diffusion,
     model: OtherModel = None,
     lora: OtherLora = None,
@@ -315,13 +316,3 @@ def _workspace(store: Path, model: str | None, lora: str | None, train: str | No
     notes = replace(notes, model=model or notes.model, lora=lora or notes.lora, data=train or notes.data)
     hush()
     return Workspace(opened, notes, device)
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on a terminal while images are read and encoded."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task("")
-        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)

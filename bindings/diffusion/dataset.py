@@ -19,7 +19,7 @@ __all__ = ["Batches", "Dataset", "Survey"]
 _MAX_NAMED = 10
 
 Batch = dict[str, Any]
-Progress = Callable[[str, int, int], None]
+Progress = Callable[[int, int, str], None]
 
 
 @dataclass(slots=True)
@@ -59,7 +59,7 @@ class Dataset:
         prompt: the caption of every image that has none.
         check: read every image now. Without it there are no batches: enough for looking examples up by their ids.
         skip_bad: leave unusable images out, and count and name them, instead of refusing the data.
-        progress: called with what is being done, how many are done, and of how many.
+        progress: called with how many are done, of how many, and what is being done.
 
     Attributes:
         survey: counts of the whole.
@@ -177,7 +177,7 @@ class Dataset:
                 smaller, larger = sorted(found.original)
                 self.survey.enlarged += smaller < self.encoder.resolution
                 self.survey.cropped += smaller != larger
-            progress("checking images", row + 1, len(self.entries))
+            progress(row + 1, len(self.entries), "checking images")
         if not rows:
             raise DataError(f"none of the {len(self.entries)} images is usable; the first: {self.survey.named[0]}")
         self._rows, self._places = rows, seen
@@ -188,14 +188,14 @@ class Dataset:
         encoder = self.encoder
         for index, row in enumerate(self._rows):
             encoder.latents(self._found[row].key, partial(self._picture_of, row))
-            progress("encoding images", index + 1, len(self._rows))
+            progress(index + 1, len(self._rows), "encoding images")
         keys = {self._found[row].key for row in self._rows}
         if encoder.pipeline.family.encode is not None:
             self.survey.prompts = len(prompts)
             for index, prompt in enumerate(prompts):
                 encoder.text(prompt)
                 keys.add(encoder.text_key(prompt))
-                progress("encoding prompts", index + 1, len(prompts))
+                progress(index + 1, len(prompts), "encoding prompts")
         encoder.keep(keys)
 
     def _seen(self, entry: Entry) -> _Found:
