@@ -104,7 +104,7 @@ class Tokens(Operands):
         self.empty = x.numel() == 0 or g.numel() == 0
 
     def gradients(self, first: int, last: int) -> tuple[Tensor, bool]:
-        """Always thin^T long, so G^T where p > q: BLAS is 1.2 to 9 times slower at the (long, thin) product."""
+        """Always thin^T long, so G^T where p > q: BLAS is slower at the (long, thin) product (bench_primitives.py)."""
         dtype = sum_dtype(self.dtypes)
         transposed = self.widths[0] > self.widths[1]
         thin, long = (self._x, self._g) if transposed else (self._g, self._x)

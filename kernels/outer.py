@@ -43,7 +43,7 @@ class Held:
     """Gradients that ``sketch_outer`` computed and has not sketched yet, at most 2**24 numbers of them.
 
     A training step evicts the code of a sketch from the caches before it comes to the next map, so sketching many
-    gradients in a row takes half the time of sketching each as it arrives. The order, so every bit, is the same.
+    gradients in a row is faster than sketching each as it arrives. The order, so every bit, is the same.
     """
 
     def __init__(self) -> None:

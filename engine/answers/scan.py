@@ -172,7 +172,7 @@ class _Search:
         if self.relative is not None:
             score, slack = score * self.relative, slack * self.relative
         each = score + slack
-        bottom, top = each.amin(dim=1), each.amax(dim=1)  # ten times as fast as aminmax along a dimension
+        bottom, top = each.amin(dim=1), each.amax(dim=1)  # faster than aminmax along a dimension
         if not bool(torch.isfinite(top - bottom).all()):
             return start + int((~torch.isfinite(each)).any(dim=0).nonzero()[0])
         if self.together:

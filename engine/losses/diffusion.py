@@ -158,7 +158,7 @@ class Diffusion:
         Raises:
             IndexError: there is no such measurement.
         """
-        if not 0 <= k < self.measurements:
+        if k not in self._chosen:
             raise IndexError(f"measurement {k} is out of range for {self.measurements}")
         alone = copy.copy(self)
         alone._chosen, alone._apart, alone._weights = (k,), False, [self._weights[self._chosen.index(k)]]
