@@ -13,7 +13,7 @@ Source: Charikar et al. 2002 (CountSketch); Kane & Nelson 2014 (SJLT).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from functools import lru_cache, partial
 from itertools import pairwise
@@ -219,10 +219,7 @@ def _sketch_torch(
     held: Held | None,
 ) -> None:
     """G by matrix products, a bounded number of examples at a time, then their sketch at once."""
-    n, (p, q) = operands.n, operands.widths
-    step = max(1, _CHUNK // (p * q))
-    for first in range(0, n, step):
-        last = min(n, first + step)
+    for first, last in _spans(operands):
         grad, transposed = operands.gradients(first, last)
         norms = None if sqnorm is None else sqnorm[first:last]
         add = partial(_add_sketch, grad, transposed, spec, name, shape, out[first:last], norms)
@@ -232,12 +229,17 @@ def _sketch_torch(
             held.add(grad.numel(), add)
 
 
-def _add_squares(operands: Operands, sqnorm: Tensor) -> None:
-    """Norms of gradients that are not sketched themselves, a bounded number at a time."""
+def _spans(operands: Operands) -> Iterator[tuple[int, int]]:
+    """All examples, as many at a time as may have their gradients in memory: at least one."""
     p, q = operands.widths
     step = max(1, _CHUNK // (p * q))
     for first in range(0, operands.n, step):
-        last = min(operands.n, first + step)
+        yield first, min(operands.n, first + step)
+
+
+def _add_squares(operands: Operands, sqnorm: Tensor) -> None:
+    """Norms of gradients that are not sketched themselves, a bounded number at a time."""
+    for first, last in _spans(operands):
         sqnorm[first:last] += operands.squares(first, last)
 
 
