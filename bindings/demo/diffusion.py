@@ -11,13 +11,12 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.markup import escape
 
 from gradsift.bindings.demo.digits import EIGHT, THREE, DigitsCase
 from gradsift.bindings.demo.digits_picture import paint
 from gradsift.bindings.demo.digits_run import Run
 from gradsift.bindings.demo.digits_show import show_answer, show_precision, show_shares
-from gradsift.bindings.demo.steps import quiet, step
+from gradsift.bindings.demo.steps import ending, quiet, step
 
 __all__ = ["demo_diffusion", "play"]
 
@@ -87,16 +86,12 @@ def play(case: DigitsCase, out: Path, console: Console) -> dict[str, Any]:
     picture = out / "demo_diffusion.png"
     painted = paint(picture, run, found, drawn)
     seconds = time.perf_counter() - began
-    console.print()
-    console.print(f"[green]done[/green]  {seconds:.0f} s; {hits} of the {case.planted} named images were planted")
-    console.print(f"store    {escape(str(run.store_path))}", highlight=False)
-    if painted:
-        console.print(f"picture  {escape(str(picture))}", highlight=False)
     store_at, wrong = shlex.quote(str(run.store_path)), shlex.quote(str(run.query_path))
     line = (
         f"gradsift query {store_at} --image {wrong} --label {THREE} --exact --out {shlex.quote(str(out / 'grid.png'))}"
     )
-    console.print(f"next     {escape(line)}", highlight=False, soft_wrap=True)
+    done = f"{seconds:.0f} s; {hits} of the {case.planted} named images were planted"
+    ending(console, done, run.store_path, picture if painted else None, line)
     return {
         "seconds": seconds,
         "images": total,

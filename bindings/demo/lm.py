@@ -18,7 +18,7 @@ from gradsift.bindings.cli import hush
 from gradsift.bindings.demo.case import Case
 from gradsift.bindings.demo.report import Run
 from gradsift.bindings.demo.show import draw, show_answers, show_found, show_precision
-from gradsift.bindings.demo.steps import quiet, step
+from gradsift.bindings.demo.steps import ending, quiet, step
 
 __all__ = ["demo_lm", "play"]
 
@@ -100,13 +100,9 @@ def play(case: Case, out: Path, console: Console) -> dict[str, Any]:
     picture = out / "demo.png"
     drawn = draw(picture, case, found, run.planted, {name: b.loss for name, b in behaviours.items()})
     seconds = time.perf_counter() - began
-    console.print()
-    console.print(f"[green]done[/green]  {seconds:.0f} s; {hits} of the {count} named records were planted")
-    console.print(f"store    {escape(str(run.store_path))}", highlight=False)
-    if drawn:
-        console.print(f"picture  {escape(str(picture))}", highlight=False)
     line = f"gradsift query {shlex.quote(str(run.store_path))} {case.query_arguments}"
-    console.print(f"next     {escape(line)}", highlight=False, soft_wrap=True)
+    done = f"{seconds:.0f} s; {hits} of the {count} named records were planted"
+    ending(console, done, run.store_path, picture if drawn else None, line)
     return {
         "seconds": seconds,
         "records": len(case.records),

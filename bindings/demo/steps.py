@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Protocol
 
 from rich.console import Console
@@ -13,7 +14,7 @@ from rich.markup import escape
 
 from gradsift.bindings.render import ticking
 
-__all__ = ["Ticks", "quiet", "step"]
+__all__ = ["Ticks", "ending", "quiet", "step"]
 
 Ticks = Callable[[int, int], None]
 """Called with steps done and steps in all."""
@@ -44,3 +45,13 @@ def step(console: Console, what: str, run: _Ticking | None = None) -> Iterator[T
             run.ticks = ticks
         yield ticks
     console.print(f"[dim]{time.perf_counter() - start:6.1f} s  {escape(what)}[/dim]", highlight=False)
+
+
+def ending(console: Console, done: str, store: Path, picture: Path | None, command: str) -> None:
+    """What was found, where it lies, and what to try next; no picture where none could be drawn."""
+    console.print()
+    console.print(f"[green]done[/green]  {escape(done)}")
+    console.print(f"store    {escape(str(store))}", highlight=False)
+    if picture is not None:
+        console.print(f"picture  {escape(str(picture))}", highlight=False)
+    console.print(f"next     {escape(command)}", highlight=False, soft_wrap=True)
