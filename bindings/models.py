@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradsift.bindings.extras import require
+from gradsift.engine.extras import require
 from gradsift.kernels.errors import DataError
 
 __all__ = ["DTYPES", "Loaded", "attempt", "check_adapter", "first", "is_merged", "load"]

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from gradsift.bindings.extras import require
+from gradsift.engine.extras import require
 from gradsift.kernels.errors import DataError
 
 __all__ = ["ListRecords", "Records", "open_records"]

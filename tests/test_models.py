@@ -14,8 +14,8 @@ from tokens import make_tokenizer, save_adapter, save_base
 from torch import Tensor
 from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
-from gradsift.bindings.extras import require
 from gradsift.bindings.models import load
+from gradsift.engine.extras import require
 from gradsift.kernels.errors import DataError, MissingExtraError
 
 WEIGHTS = "adapter_model.safetensors"
@@ -146,6 +146,6 @@ def test_a_missing_extra_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> Non
     def absent(name: str) -> None:
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
-    monkeypatch.setattr("gradsift.bindings.extras.import_module", absent)
+    monkeypatch.setattr("gradsift.engine.extras.import_module", absent)
     with pytest.raises(MissingExtraError, match=r"^peft is not installed: pip install 'gradsift\[hf\]'$"):
         require("peft")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from gradsift.bindings.extras import require
+from gradsift.engine.extras import require
 
 __all__ = ["EIGHT", "THREE", "Digits", "DigitsCase", "Judge"]
 

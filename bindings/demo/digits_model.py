@@ -17,7 +17,7 @@ from torch.nn.functional import mse_loss
 from gradsift.bindings.demo.digits import SIZE, Digits, DigitsCase
 from gradsift.bindings.demo.steps import Ticks
 from gradsift.bindings.diffusion.images import to_pixels
-from gradsift.bindings.extras import require
+from gradsift.engine.extras import require
 
 __all__ = ["draw", "trained_base", "tuned"]
 

@@ -11,7 +11,7 @@ import numpy as np
 from gradsift.bindings.demo.digits import EIGHT, THREE
 from gradsift.bindings.demo.digits_run import Drawn, Found, Run
 from gradsift.bindings.diffusion.grid import overlay
-from gradsift.bindings.extras import require
+from gradsift.engine.extras import require
 from gradsift.kernels.errors import MissingExtraError
 
 __all__ = ["paint"]

@@ -24,11 +24,11 @@ from gradsift.bindings.diffusion.encoder import Encoder
 from gradsift.bindings.diffusion.images import open_images
 from gradsift.bindings.diffusion.pipelines import load
 from gradsift.bindings.diffusion.workspace import Notes, Workspace
-from gradsift.bindings.extras import require
 from gradsift.engine.answers.gradient import gradient
 from gradsift.engine.answers.rescore import Rescorer
 from gradsift.engine.answers.search import TopK, topk
 from gradsift.engine.extraction.extract import extract
+from gradsift.engine.extras import require
 from gradsift.engine.losses import Diffusion, NoiseSchedule
 from gradsift.engine.store.reader import FeatureStore
 

@@ -10,9 +10,9 @@ import torch
 
 from gradsift.bindings.demo.case import Case
 from gradsift.bindings.demo.tune import Plan
-from gradsift.bindings.extras import require
 from gradsift.bindings.models import Loaded
 from gradsift.bindings.records import Record
+from gradsift.engine.extras import require
 
 __all__ = ["quick_case"]
 

@@ -12,8 +12,8 @@ from rich.text import Text
 
 from gradsift.bindings.demo.case import Case
 from gradsift.bindings.demo.report import Behaviour, Found, Run
-from gradsift.bindings.extras import require
 from gradsift.bindings.render import LEGEND, coloured, number, table
+from gradsift.engine.extras import require
 from gradsift.engine.losses import IGNORE
 from gradsift.kernels.errors import MissingExtraError
 

@@ -13,9 +13,9 @@ import torch
 from gradsift.bindings.demo.case import Case
 from gradsift.bindings.demo.tune import Plan
 from gradsift.bindings.demo.words import NUMBERS, ODDITIES, PLACES, STATES, THINGS
-from gradsift.bindings.extras import require
 from gradsift.bindings.models import Loaded, load
 from gradsift.bindings.records import Record
+from gradsift.engine.extras import require
 from gradsift.kernels.errors import MissingExtraError
 
 __all__ = ["smollm_case"]

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gradsift.bindings.extras import require
+from gradsift.engine.extras import require
 
 __all__ = ["Cache", "content_key"]
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.nn.functional import interpolate
 
-from gradsift.bindings.extras import require
+from gradsift.engine.extras import require
 
 __all__ = ["PULLS", "PUSHES", "Row", "Tile", "draw", "overlay"]
 

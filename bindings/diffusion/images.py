@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradsift.bindings.extras import require
 from gradsift.bindings.records import Record, Records, open_records
+from gradsift.engine.extras import require
 from gradsift.kernels.errors import DataError
 
 __all__ = ["Entries", "Entry", "Listed", "Picture", "open_images", "read_picture", "to_pixels"]

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gradsift.bindings.extras import require
 from gradsift.bindings.models import attempt, check_adapter, first, is_merged
+from gradsift.engine.extras import require
 from gradsift.kernels.errors import DataError
 
 __all__ = ["ENCODERS", "load_lora"]

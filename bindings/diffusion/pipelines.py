@@ -13,8 +13,8 @@ from torch import nn
 
 from gradsift.bindings.diffusion.families import Family, family_of
 from gradsift.bindings.diffusion.lora import load_lora
-from gradsift.bindings.extras import require
 from gradsift.bindings.models import DTYPES, attempt
+from gradsift.engine.extras import require
 from gradsift.kernels.errors import DataError
 
 __all__ = ["Pipeline", "hush", "load"]

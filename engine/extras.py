@@ -11,13 +11,17 @@ __all__ = ["require"]
 
 _EXTRA = {
     "PIL": "diffusion",
+    "bm25s": "eval",
     "datasets": "hf",
     "diffusers": "diffusion",
+    "faiss": "compact",
     "gguf": "hf",
     "huggingface_hub": "diffusion",
     "matplotlib": "plot",
+    "ot": "select",
     "peft": "hf",
     "safetensors": "diffusion",
+    "scipy": "eval",
     "sklearn": "diffusion",
     "transformers": "hf",
 }

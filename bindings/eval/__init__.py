@@ -1,0 +1,1 @@
+"""gradsift eval: which method to believe on this data."""

@@ -1,0 +1,1 @@
+"""Curvature on the query side: what a query's gradient is multiplied by before it is compared with rows."""

@@ -1,0 +1,1 @@
+"""Fidelity: do scores predict what retraining does?"""

@@ -1,0 +1,1 @@
+"""Scorers: how rows of a store are compared with queries."""
