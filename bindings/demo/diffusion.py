@@ -88,7 +88,8 @@ def play(case: DigitsCase, out: Path, console: Console) -> dict[str, Any]:
     seconds = time.perf_counter() - began
     store_at, wrong = shlex.quote(str(run.store_path)), shlex.quote(str(run.query_path))
     line = (
-        f"gradsift query {store_at} --image {wrong} --label {THREE} --exact --out {shlex.quote(str(out / 'grid.png'))}"
+        f"gradsift query {store_at} --image {wrong} --label {THREE} --exact --sample {case.exact_rows} "
+        f"--out {shlex.quote(str(out / 'grid.png'))}"
     )
     done = f"{seconds:.0f} s; {hits} of the {case.planted} named images were planted"
     ending(console, done, run.store_path, picture if painted else None, line)

@@ -91,7 +91,7 @@ def _precision(figure: Any, found: Found, planted: int) -> None:
     colours = [_OURS if name.startswith("gradsift") else _GREY for name in methods]
     bars = axes.barh([_in_lines(name) for name in methods], [found.alone[name] for name in methods], color=colours)
     axes.bar_label(bars, [f"{found.alone[name]:.2f}" for name in methods], padding=3)
-    axes.set(xlim=(0, 1.2))
+    axes.set(xlim=(0, 1.2), xticks=(0, 0.5, 1))  # room for the last label
     axes.set_title("Planted images among the first 10\n(mean over the wrong drawings)", fontsize=12)
     axes.spines[["top", "right"]].set_visible(False)
 

@@ -37,10 +37,10 @@ def show_precision(console: Console, found: Found, planted: int) -> None:
     rows: list[Sequence[Any]] = []
     for name in sorted(found.alone, key=lambda name: (-found.alone[name], -found.together[name])):
         alone = found.alone[name]
-        bar = Text("█" * round(20 * alone), style="green" if name.startswith("gradsift") else "dim")
+        bar = Text("█" * round(15 * alone), style="green" if name.startswith("gradsift") else "dim")
         method = Text(name, style="bold" if name == "gradsift" else "")
         rows.append((method, f"{alone:.2f}", f"{found.together[name]:.2f}", bar))
-    out = table(("found by", "precision@10, one picture", f"first {planted}, all as one", ""), rows, wide="")
+    out = table(("found by", "precision@10,\none picture", f"first {planted},\nall as one", ""), rows, wide="")
     out.columns[0].justify = "left"
     console.print(out)
 

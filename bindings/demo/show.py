@@ -59,7 +59,7 @@ def show_precision(console: Console, found: Found) -> None:
         style = "bold" if method == "gradsift" else ""
         bar = Text("█" * round(20 * alone), style="green" if method.startswith("gradsift") else "dim")
         rows.append((Text(method, style=style), f"{alone:.2f}", f"{found.together[method]:.2f}", bar))
-    out = table(("found by", "precision@10, one question", "all questions as one", ""), rows, wide="")
+    out = table(("found by", "precision@10,\none question", "all questions\nas one", ""), rows, wide="")
     out.columns[0].justify = "left"
     console.print(out)
 

@@ -68,7 +68,7 @@ def smollm_case(seed: int = 0) -> Case:
         loaded=lambda: _with_adapter(model, seed),
         save=lambda loaded, folder: _save(loaded, folder, model),
         plan=Plan(epochs=4, batch=8, rate=1e-3, seed=seed),
-        curvature=400,
+        curvature=2 * len(records),
         words=9,
         query_arguments=_as_arguments(queries[0]),
     )
