@@ -18,8 +18,8 @@ from torch import Tensor
 from trained_lm import train
 
 import gradsift as gs
-from gradsift.engine.answers.fisher import Fisher
-from gradsift.engine.answers.precondition import precondition
+from gradsift.engine.curvature.fisher import Fisher
+from gradsift.engine.curvature.precondition import precondition
 from gradsift.engine.losses import language_model
 
 RECORDS, QUERIES, SAMPLE = (3000, 16, 300) if FULL else (120, 2, 20)

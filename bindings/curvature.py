@@ -9,8 +9,8 @@ import numpy as np
 from torch import Tensor
 
 from gradsift.bindings.space import Space
-from gradsift.engine.answers.fisher import Fisher
-from gradsift.engine.answers.precondition import precondition
+from gradsift.engine.curvature.fisher import Fisher
+from gradsift.engine.curvature.precondition import precondition
 from gradsift.engine.store.ids import seed_of
 from gradsift.kernels.errors import DataError
 

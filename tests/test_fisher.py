@@ -7,7 +7,7 @@ import torch
 from stores import MemoryStore, random_rows
 
 import gradsift as gs
-from gradsift.engine.answers.fisher import Fisher
+from gradsift.engine.curvature.fisher import Fisher
 
 
 @pytest.mark.parametrize(("n", "dim"), [(30, 64), (200, 64), (64, 64), (1, 64)])

@@ -15,8 +15,8 @@ from stores import TABLE, MemoryStore, dense_order, features, random_rows
 from torch import Tensor
 
 import gradsift as gs
-from gradsift.engine.answers.fisher import Fisher
 from gradsift.engine.answers.rescore import Exact
+from gradsift.engine.curvature.fisher import Fisher
 
 SPEC = gs.SketchSpec(dim=64)
 SCORERS = ["fisher", "dot", "cosine"]

@@ -11,8 +11,8 @@ from stores import random_rows
 from torch import Tensor
 
 import gradsift as gs
-from gradsift.engine.answers.fisher import Fisher
-from gradsift.engine.answers.precondition import precondition
+from gradsift.engine.curvature.fisher import Fisher
+from gradsift.engine.curvature.precondition import precondition
 from gradsift.engine.losses import language_model
 
 

@@ -17,10 +17,10 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import gradsift as gs
-from gradsift.engine.answers.fisher import Fisher
-from gradsift.engine.answers.precondition import precondition
 from gradsift.engine.answers.rescore import Rescorer, rescore
 from gradsift.engine.capture.maps import parameters_of
+from gradsift.engine.curvature.fisher import Fisher
+from gradsift.engine.curvature.precondition import precondition
 from gradsift.engine.store.ids import seed_of
 
 Case = tuple[Any, Any, dict[str, Any]]

@@ -16,10 +16,10 @@ from stores import TABLE, MemoryStore, dense_order, features, random_rows
 from torch import Tensor
 
 import gradsift as gs
-from gradsift.engine.answers.fisher import Fisher
 from gradsift.engine.answers.queries import prepare
 from gradsift.engine.answers.rescore import Exact
 from gradsift.engine.capture.features import TableRow
+from gradsift.engine.curvature.fisher import Fisher
 from gradsift.engine.losses import language_model
 
 SPEC = gs.SketchSpec(dim=64)

@@ -14,8 +14,8 @@ import torch
 from stores import MemoryStore, dense_order, features, random_rows
 
 import gradsift as gs
-from gradsift.engine.answers.fisher import Fisher
 from gradsift.engine.answers.select import write_jsonl
+from gradsift.engine.curvature.fisher import Fisher
 
 
 @pytest.mark.parametrize("scorer", ["fisher", "dot", "cosine"])

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradsift.engine.answers.fisher import Fisher
 from gradsift.engine.answers.scan import RowStore
 from gradsift.engine.capture.features import Features, table_difference
+from gradsift.engine.curvature.fisher import Fisher
 from gradsift.kernels.errors import ShapeError, SpecError, StoreError
 
 __all__ = ["Prepared", "Scorer", "prepare"]

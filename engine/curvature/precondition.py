@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from gradsift.engine.answers.directional import Vector
-from gradsift.engine.answers.fisher import Fisher
 from gradsift.engine.answers.gradient import gradient
 from gradsift.engine.answers.rescore import Method, rescore
 from gradsift.engine.capture.capture import LossFunction
 from gradsift.engine.capture.maps import Modules
+from gradsift.engine.curvature.fisher import Fisher
 from gradsift.kernels.errors import ShapeError
 
 __all__ = ["precondition"]
