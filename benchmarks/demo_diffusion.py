@@ -30,7 +30,8 @@ from gradsift.bindings.demo.steps import quiet
 from gradsift.bindings.diffusion.dataset import Dataset
 from gradsift.bindings.diffusion.encoder import Encoder
 from gradsift.bindings.diffusion.images import open_images
-from gradsift.bindings.diffusion.pipelines import hush, load
+from gradsift.bindings.diffusion.pipelines import load
+from gradsift.bindings.hush import hush
 
 RESULTS = Path(__file__).parent / "results" / "demo_diffusion.csv"
 
@@ -132,7 +133,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("demo_output"), help="a folder per seed goes here")
     options = parser.parse_args()
-    hush()
+    hush("diffusers")
     for seed in options.seeds:
         kept: list[dict[str, Any]] = []
         if RESULTS.exists():

@@ -15,10 +15,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from gradsift.bindings.cli import hush
 from gradsift.bindings.demo.lm import play
 from gradsift.bindings.demo.quick import quick_case
 from gradsift.bindings.demo.smollm import smollm_case
+from gradsift.bindings.hush import hush
 
 RESULTS = Path(__file__).parent / "results" / "demo_lm.csv"
 

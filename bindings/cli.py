@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.markup import escape
 from typer.core import TyperCommand, TyperGroup
 
+from gradsift.bindings.hush import hush
 from gradsift.bindings.memory import keep_freed_memory
-from gradsift.engine.extras import require
 from gradsift.kernels.errors import DataError, GradsiftError
 
 if TYPE_CHECKING:
@@ -466,13 +466,6 @@ def status() -> Iterator[Any]:
         return
     with console.status("") as status:
         yield status.update
-
-
-def hush() -> None:
-    """No progress bars of transformers: what it loads in is not what the user waits for."""
-    noise = require("transformers").utils.logging
-    noise.set_verbosity_error()
-    noise.disable_progress_bar()
 
 
 def _workspace(store: Path, model: str | None, adapter: str | None, train: str | None, device: str | None) -> Workspace:

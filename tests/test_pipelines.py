@@ -23,8 +23,9 @@ from gradsift.bindings.diffusion.dataset import Dataset
 from gradsift.bindings.diffusion.encoder import Encoder
 from gradsift.bindings.diffusion.families import nested
 from gradsift.bindings.diffusion.images import open_images
-from gradsift.bindings.diffusion.pipelines import Pipeline, hush, load
+from gradsift.bindings.diffusion.pipelines import Pipeline, load
 from gradsift.bindings.diffusion.workspace import Notes, Workspace
+from gradsift.bindings.hush import hush
 from gradsift.engine.capture.maps import parameters_of
 from gradsift.engine.losses import Diffusion, NoiseSchedule
 
@@ -35,7 +36,7 @@ RESOLUTION = 16
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every pipeline with a LoRA of its own, and pictures."""
-    hush()
+    hush("diffusers")
     root = tmp_path_factory.mktemp("pipelines")
     for name, make in pipelines.FAMILIES.items():
         pipe = make()

@@ -72,8 +72,8 @@ def check(
     [bold]... --dtype bfloat16 --device cuda:0[/bold]   as you are going to run extract
     """
     from gradsift.bindings.check.render import masked, print_report
-    from gradsift.bindings.cli import hush
     from gradsift.bindings.data import Dataset
+    from gradsift.bindings.hush import hush
     from gradsift.bindings.models import load
     from gradsift.engine.check.run import check as run
     from gradsift.kernels.spec import SketchSpec

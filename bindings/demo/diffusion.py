@@ -33,9 +33,9 @@ def demo_diffusion(
     The answer is checked twice: against the truth, beside what similar pixels find, and by training again without
     the images that were named. The base model is kept, so a second run is faster.
     """
-    from gradsift.bindings.diffusion.pipelines import hush
+    from gradsift.bindings.hush import hush
 
-    hush()
+    hush("diffusers")
     with quiet():
         result = play(DigitsCase(seed), out, Console(quiet=as_json))
     if as_json:

@@ -14,11 +14,11 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from gradsift.bindings.cli import hush
 from gradsift.bindings.demo.case import Case
 from gradsift.bindings.demo.report import Run
 from gradsift.bindings.demo.show import draw, show_answers, show_found, show_precision
 from gradsift.bindings.demo.steps import ending, quiet, step
+from gradsift.bindings.hush import hush
 
 __all__ = ["demo_lm", "play"]
 

@@ -55,14 +55,15 @@ def _check(
     from gradsift.bindings.diffusion.dataset import Dataset
     from gradsift.bindings.diffusion.encoder import Encoder
     from gradsift.bindings.diffusion.images import open_images
-    from gradsift.bindings.diffusion.pipelines import hush, load
+    from gradsift.bindings.diffusion.pipelines import load
+    from gradsift.bindings.hush import hush
     from gradsift.engine.check.run import check as run
     from gradsift.engine.losses import Diffusion, NoiseSchedule
     from gradsift.kernels.spec import SketchSpec
 
     spec = SketchSpec(dim=dim, seed=seed)
     entries = open_images(data)
-    hush()
+    hush("diffusers")
     with status() as tell:
         tell("loading the model")
         pipeline = load(model, lora, dtype=dtype.value, device=device)

@@ -137,8 +137,9 @@ def _extract(
     from gradsift.bindings.diffusion.dataset import Dataset
     from gradsift.bindings.diffusion.encoder import Encoder
     from gradsift.bindings.diffusion.images import open_images
-    from gradsift.bindings.diffusion.pipelines import hush, load
+    from gradsift.bindings.diffusion.pipelines import load
     from gradsift.bindings.diffusion.workspace import Notes, cache_of
+    from gradsift.bindings.hush import hush
     from gradsift.bindings.render import bytes_text, ticking
     from gradsift.bindings.space import absolute
     from gradsift.engine.extraction.extract import extract as run
@@ -149,7 +150,7 @@ def _extract(
     spec = SketchSpec(dim=dim, seed=seed)
     read_description(out)
     entries = open_images(data)
-    hush()
+    hush("diffusers")
     pipeline = load(model, lora, dtype=dtype.value, device=device)
     loss = Diffusion(
         NoiseSchedule.of(pipeline.pipe.scheduler),
@@ -307,12 +308,12 @@ def _select(
 
 
 def _workspace(store: Path, model: str | None, lora: str | None, train: str | None, device: str | None) -> Workspace:
-    from gradsift.bindings.diffusion.pipelines import hush
     from gradsift.bindings.diffusion.workspace import Workspace, remembered
+    from gradsift.bindings.hush import hush
     from gradsift.engine.store.reader import FeatureStore
 
     opened = FeatureStore.open(store)
     notes = remembered(opened)
     notes = replace(notes, model=model or notes.model, lora=lora or notes.lora, data=train or notes.data)
-    hush()
+    hush("diffusers")
     return Workspace(opened, notes, device)

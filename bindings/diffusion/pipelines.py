@@ -17,7 +17,7 @@ from gradsift.bindings.models import DTYPES, attempt
 from gradsift.engine.extras import require
 from gradsift.kernels.errors import DataError
 
-__all__ = ["Pipeline", "hush", "load"]
+__all__ = ["Pipeline", "load"]
 
 logger = logging.getLogger(__name__)
 
@@ -105,14 +105,6 @@ def load(model: str, lora: str | None = None, *, dtype: str | None = None, devic
         if isinstance(component, nn.Module):
             component.eval()
     return Pipeline(pipe, family, said)
-
-
-def hush() -> None:
-    """No progress bars and warnings of the libraries that load: what matters of them is said by this one."""
-    for name in ("transformers", "diffusers"):  # in this order: diffusers imports the other, which warns
-        noise = require(name).utils.logging
-        noise.set_verbosity(logging.CRITICAL)
-        noise.disable_progress_bar()
 
 
 def _refuse_other_folders(model: str) -> None:
