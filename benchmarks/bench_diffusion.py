@@ -22,17 +22,18 @@ from gradsift.engine.losses import Diffusion, NoiseSchedule
 EXAMPLES, SIZE = (4, 32) if FULL else (2, 8)
 WIDTHS = (64, 128) if FULL else (16, 32)
 TEXT, TOKENS = (128, 32) if FULL else (8, 3)
-ROUNDS = 7 if FULL else 2
+ROUNDS, FEW = (7, 3) if FULL else (2, 2)
 MEASUREMENTS = 4
 LISTED, AT_ONCE = (100, 5) if FULL else (4, 2)
 LINEAR = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
 CONV = ["conv1", "conv2", "conv_shortcut"]
-UNET = f"UNet {WIDTHS[0]}-{WIDTHS[1]}, {SIZE} x {SIZE} latents"
+SMALL = SIZE // 2
+"""Latents of the cases that run many passes."""
 MAPS = {"linear maps": LINEAR, "linear maps and convolutions": [*LINEAR, *CONV]}
 
 
-def on(maps: str) -> str:
-    return f"{UNET}, r = 16 on {maps}"
+def on(maps: str, size: int = SIZE) -> str:
+    return f"UNet {WIDTHS[0]}-{WIDTHS[1]}, {size} x {size} latents, r = 16 on {maps}"
 
 
 def diffusion(**options: Any) -> Diffusion:
@@ -42,10 +43,11 @@ def diffusion(**options: Any) -> Diffusion:
 class Setup:
     """A UNet that reads text by cross-attention, r = 16 on some maps; each provider is a method."""
 
-    def __init__(self, maps: str) -> None:
+    def __init__(self, maps: str, size: int = SIZE) -> None:
         torch.manual_seed(0)
+        self.size = size
         unet = UNet2DConditionModel(
-            sample_size=SIZE,
+            sample_size=size,
             layers_per_block=1,
             block_out_channels=WIDTHS,
             norm_num_groups=8,
@@ -66,7 +68,10 @@ class Setup:
         self.batch = self.images(EXAMPLES)
 
     def images(self, n: int) -> dict[str, Any]:
-        return {"latents": torch.randn(n, 4, SIZE, SIZE), "encoder_hidden_states": torch.randn(n, TOKENS, TEXT)}
+        return {
+            "latents": torch.randn(n, 4, self.size, self.size),
+            "encoder_hidden_states": torch.randn(n, TOKENS, TEXT),
+        }
 
     def step(self) -> None:
         """Forward, backward with weight gradients; no optimizer."""
@@ -118,7 +123,7 @@ def test_extraction(benchmark: Any, maps: str) -> None:
 
 
 def test_measurements(benchmark: Any) -> None:
-    setup = Setup("linear maps")
+    setup = Setup("linear maps", SMALL)
     together, apart = diffusion(measurements=MEASUREMENTS), diffusion(measurements=MEASUREMENTS, parts=True)
     single = [together.part(k) for k in range(MEASUREMENTS)]
 
@@ -133,7 +138,7 @@ def test_measurements(benchmark: Any) -> None:
         f"one pass of {MEASUREMENTS}, summed": lambda: setup.extraction(together),
         f"one pass of {MEASUREMENTS}, kept apart": lambda: setup.extraction(apart),
     }
-    case = f"diffusion, {MEASUREMENTS} measurements: {on('linear maps')}, {EXAMPLES} images"
+    case = f"diffusion, {MEASUREMENTS} measurements: {on('linear maps', SMALL)}, {EXAMPLES} images"
     paired(benchmark, case, providers, next(iter(providers)), ROUNDS)
 
 
@@ -180,7 +185,7 @@ def test_query(benchmark: Any, stored: PartedRows, queries: int, scorer: Any) ->
 
 
 def test_rescore(benchmark: Any) -> None:
-    setup = Setup("linear maps")
+    setup = Setup("linear maps", SMALL)
     setup.model.eval()
     loss = diffusion(measurements=MEASUREMENTS)
     whole = setup.images(LISTED)
@@ -198,7 +203,7 @@ def test_rescore(benchmark: Any) -> None:
 
     gradients = setup.gradients(loss, batches[0]).double()
     expected = gradients @ torch.cat([g.double().reshape(-1) for g in v.values()])
-    case = f"diffusion, maps of {LISTED} images, {MEASUREMENTS} measurements: {on('linear maps')}"
+    case = f"diffusion, maps of {LISTED} images, {MEASUREMENTS} measurements: {on('linear maps', SMALL)}"
     errors = {}
     for method, tolerance in (("central", 1e-3), ("forward", 1e-5)):
         got = exact(method)[: len(expected)]
@@ -213,7 +218,7 @@ def test_rescore(benchmark: Any) -> None:
         "central (auto)": lambda: exact("auto"),
         "forward mode": lambda: exact("forward"),
     }
-    paired(benchmark, case, providers, "forward pass", ROUNDS)
+    paired(benchmark, case, providers, "forward pass", FEW)
 
 
 def test_bytes_per_image(benchmark: Any, tmp_path: Path) -> None:
