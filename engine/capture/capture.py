@@ -117,6 +117,27 @@ class Capture:
         kind = getattr(loss_fn, "kind", None)
         return Features(rows.values, loss.float(), rows.grad_norm, self.spec, self.table, kind)
 
+    def factors(
+        self,
+        batch: Any,
+        loss_fn: LossFunction,
+        receive: Callable[[Layout], Receiver],
+        segments: Tensor | Sequence[int] | None = None,
+        batch_axis: int = 0,
+    ) -> Tensor:
+        """One pass whose factors are handed over as they are, instead of becoming rows.
+
+        Args:
+            receive: makes the receiver of this pass, which is told which row is whose.
+            batch, loss_fn, segments, batch_axis: as of a call, as are the errors.
+
+        Returns:
+            the losses, (n,), detached.
+        """
+        with frozen(self.model):
+            layout = self.layout(batch, loss_fn, segments, batch_axis)
+            return self._run(batch, loss_fn, layout, receive(layout), torch.sum)
+
     def tap(
         self,
         segments: Tensor | Sequence[int] | None = None,
