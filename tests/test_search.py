@@ -285,4 +285,5 @@ def test_prepared_cosine_queries_keep_their_exact_norm() -> None:
     queries = random_rows(2)
     given = features(queries, SPEC)
     prepared = prepare(MemoryStore(random_rows(5)), given, "cosine")
-    np.testing.assert_allclose(prepared.lengths, given.grad_norm.numpy())
+    assert prepared.queries is not None
+    np.testing.assert_allclose(prepared.queries.norms, given.grad_norm.numpy())

@@ -5,15 +5,15 @@ terms and u = 2**-24. Every row whose score may be among the k best by that boun
 at a time in a fixed order of summation, and ties go to the lower row. So rows and scores are the same for any block
 size and number of threads.
 
-A row of several parts is one long row here: the product with the parts of a direction is the sum over the parts, and
-dividing each part by its own norm gives a row of parts of length 1, to which the same bound applies.
+A row of several parts is one long row here: the product with the parts of a direction is the sum over the parts.
+Weights multiply rows, or parts of rows, and with them the bound.
 
 Source: Higham 2002, Accuracy and Stability of Numerical Algorithms, section 3.1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from gradsift.kernels.errors import StoreError
 
-__all__ = ["Best", "RowStore", "scan"]
+__all__ = ["Best", "RowStore", "best_streamed", "scan"]
 
 _BLOCK_ROWS = 2048
 """Rows of one product at most: enough for full speed."""
@@ -73,7 +73,7 @@ def scan(
     k: int,
     *,
     norms: np.ndarray,
-    unit: bool = False,
+    weights: np.ndarray | None = None,
     together: bool = False,
     skip: np.ndarray | None = None,
     memory: int,
@@ -83,7 +83,7 @@ def scan(
     Args:
         directions: float64, shape (q, dim), or (q, parts, dim) for rows of several parts; none of length 0.
         norms: float32 (n,), or (n, parts): exact gradient norms of the rows; NaN where not known.
-        unit: divide each row, or each part of it, by its norm; what has norm 0 scores 0.
+        weights: float64 (n,), or (n, parts): what each row, or each of its parts, is multiplied by; finite.
         together: one answer instead of q: a row's score is its largest over the directions.
         skip: bool (n,), rows that are left out.
         memory: bytes that products and candidates may take; at least one row is worked on at a time.
@@ -95,7 +95,7 @@ def scan(
         StoreError: a score is not finite.
     """
     directions = directions.flatten(1)
-    search = _Search(directions, k, norms, skip, unit=unit, together=together)
+    search = _Search(directions, k, norms, weights, skip, together=together)
     # Six float32 and two 8-byte numbers per score, and the rows themselves where the store copies them.
     copied = 0 if getattr(store, "mapped", False) else 4 * directions.shape[1]
     at_once = min(memory // (copied + 40 * len(directions)), _GROUP_SCORES // len(directions))
@@ -107,6 +107,40 @@ def scan(
                 "expected finite features: extract it again"
             )
     return Best(np.stack([p.scores for p in search.pools]), np.stack([p.rows for p in search.pools]))
+
+
+def best_streamed(
+    stream: Iterable[tuple[int, np.ndarray]],
+    k: int,
+    *,
+    sign: float = 1.0,
+    together: bool = False,
+    skip: np.ndarray | None = None,
+) -> Best:
+    """The k rows of largest ``sign`` times score, from streamed scores of any kind: first row and float64 (q, rows).
+
+    Args:
+        together, skip: as of ``scan``.
+
+    Returns:
+        scores times the sign, otherwise as of ``scan``.
+    """
+    pool: Best | None = None
+    for first, block in stream:
+        scores = sign * block
+        rows = np.arange(first, first + scores.shape[1])
+        if together:
+            scores = scores.max(axis=0, keepdims=True)
+        if skip is not None:
+            scores, rows = scores[:, ~skip[rows]], rows[~skip[rows]]
+        every = np.broadcast_to(rows, scores.shape)
+        if pool is not None:
+            scores, every = np.hstack([pool.scores, scores]), np.hstack([pool.rows, every])
+        order = np.lexsort((every, -scores))[:, :k]
+        pool = Best(np.take_along_axis(scores, order, axis=1), np.take_along_axis(every, order, axis=1))
+    if pool is None:
+        raise StoreError("the store holds no rows: extract something first")
+    return pool
 
 
 def _groups(store: RowStore, rows: int) -> Iterator[tuple[int, list[Tensor]]]:
@@ -130,10 +164,17 @@ class _Search:
     """The best rows so far, one pool per answer, with exact scores."""
 
     def __init__(
-        self, directions: Tensor, k: int, norms: np.ndarray, skip: np.ndarray | None, *, unit: bool, together: bool
+        self,
+        directions: Tensor,
+        k: int,
+        norms: np.ndarray,
+        weights: np.ndarray | None,
+        skip: np.ndarray | None,
+        *,
+        together: bool,
     ):
         count, dim = directions.shape
-        self.k, self.unit, self.together, self.norms = k, unit, together, norms
+        self.k, self.together, self.weights = k, together, weights
         self.allowed = None if skip is None else torch.from_numpy(~skip)
         self.exact = directions.numpy()
         length = torch.linalg.vector_norm(directions, dim=1)
@@ -147,10 +188,9 @@ class _Search:
         # 2**-22 covers the float32 rounding of directions, scales and thresholds.
         self.gamma = roundoff / (1 - roundoff) + operands + 2.0**-22
         # Twice the exact norm bounds the length of a sketched row with all the room that its own noise needs.
-        size = torch.from_numpy(norms)
-        weight = torch.where(size > 0, 1 / size, 0.0) if unit else None
-        self.slack = 2 * self.gamma * _whole(size if weight is None else size * weight)
-        self.unknown = bool(size.isnan().any())
+        self.slack = 2 * self.gamma * _whole(norms, weights)
+        self.unknown = bool(self.slack.isnan().any())
+        weight = None if weights is None else torch.from_numpy(weights).to(torch.float32)
         self.weight = weight if weight is None or weight.ndim == 1 else weight.T.contiguous()
         answers = 1 if together else count
         self.pools = [Best(np.empty(0), np.empty(0, np.int64)) for _ in range(answers)]
@@ -167,8 +207,7 @@ class _Search:
         score = self._scores(blocks, sizes, weight)
         slack = self.slack[inside]
         if self.unknown:
-            lengths = torch.cat([torch.linalg.vector_norm(block, dim=1) for block in blocks])
-            slack = torch.where(slack.isnan(), self.gamma * lengths, slack)
+            slack = torch.where(slack.isnan(), self.gamma * self._lengths(blocks, inside), slack)
         if self.relative is not None:
             score, slack = score * self.relative, slack * self.relative
         each = score + slack
@@ -180,6 +219,13 @@ class _Search:
         for g in (top >= self.floor).nonzero()[:, 0].tolist():
             self._candidates(start, blocks, g, each, slack)
         return None
+
+    def _lengths(self, blocks: list[Tensor], inside: slice) -> Tensor:
+        """Lengths of the weighted rows as they are, for rows without an exact norm."""
+        weights = None if self.weights is None else self.weights[inside]
+        parts = 1 if weights is None or weights.ndim == 1 else weights.shape[1]
+        sizes = [torch.linalg.vector_norm(block.unflatten(1, (parts, -1)), dim=2) for block in blocks]
+        return _whole(torch.cat(sizes).numpy(), weights)
 
     def _scores(self, blocks: list[Tensor], sizes: list[int], weight: Tensor | None) -> Tensor:
         """Float32 products (q, rows), weighted: ``weight`` is (rows,), or (parts, rows)."""
@@ -223,7 +269,7 @@ class _Search:
 
     def _exactly(self, start: int, blocks: list[Tensor], rows: Tensor, queries: np.ndarray) -> np.ndarray:
         """Float64 scores of (row, query) pairs; each is summed alone, so its bits depend on nothing else."""
-        parts = self.norms.shape[1] if self.unit and self.norms.ndim == 2 else 1
+        parts = self.weights.shape[1] if self.weights is not None and self.weights.ndim == 2 else 1
         out = np.empty((len(rows), parts))
         step = max(1, _EXACT_NUMBERS // self.exact.shape[1])
         ends = np.cumsum([len(block) for block in blocks])
@@ -235,9 +281,8 @@ class _Search:
             x = torch.stack([blocks[b][i] for b, i in picked]).to(torch.float64).numpy()
             x *= self.exact[queries[part]]
             out[part] = x.reshape(len(x), parts, -1).sum(axis=2)
-        if self.unit:
-            size = self.norms[start + rows.numpy()].astype(np.float64).reshape(out.shape)
-            out = np.divide(out, size, out=np.zeros_like(out), where=size > 0)
+        if self.weights is not None:
+            out *= self.weights[start + rows.numpy()].reshape(out.shape)
         return np.asarray(out.sum(axis=1))
 
     def _merge(self, g: int, scores: np.ndarray, rows: np.ndarray) -> None:
@@ -249,6 +294,10 @@ class _Search:
             self.floor[g] = scores[order[-1]] / float(self.scale[g])
 
 
-def _whole(norms: Tensor) -> Tensor:
-    """Norms (n,) of rows, also from those of their parts (n, parts)."""
-    return norms if norms.ndim == 1 else torch.linalg.vector_norm(norms, dim=1)
+def _whole(norms: np.ndarray, weights: np.ndarray | None) -> Tensor:
+    """Float32 norms (n,) of weighted rows, from those of rows or of their parts."""
+    if weights is not None:
+        size = np.abs(weights)
+        norms = norms * (size[:, None] if norms.ndim > size.ndim else size)
+    sizes = torch.from_numpy(norms).to(torch.float32)
+    return sizes if sizes.ndim == 1 else torch.linalg.vector_norm(sizes, dim=1)

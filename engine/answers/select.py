@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor
 
-from gradsift.engine.answers.queries import Scorer, prepare
+from gradsift.engine.answers.queries import AnyScorer, prepare
 from gradsift.engine.answers.scan import RowStore, scan
 from gradsift.engine.answers.search import MEMORY, SIGN, ids_of
 from gradsift.engine.capture.features import Features
@@ -52,8 +52,8 @@ def select(
     method: Literal["top"] = "top",
     *,
     reduce: Literal["max", "mean"] = "max",
-    scorer: Scorer = "fisher",
-    damping: float = 1.0,
+    scorer: AnyScorer = "fisher",
+    damping: float | None = None,
     memory: int = MEMORY,
 ) -> Selection:
     """The rows of highest score against the targets.
@@ -78,6 +78,7 @@ def select(
     count = _rows(budget, len(store))
     prepared = prepare(store, targets, scorer, damping=damping)
     directions = prepared.directions
+    assert directions is not None
     if reduce == "mean":
         directions = directions.mean(dim=0, keepdim=True)
         if not bool(directions.any()):
@@ -88,7 +89,7 @@ def select(
         directions,
         count,
         norms=prepared.norms,
-        unit=prepared.scorer == "cosine",
+        weights=prepared.weights,
         together=True,
         skip=empty,
         memory=memory,
@@ -104,7 +105,7 @@ def select(
     rows = best.rows[0]
     if len(rows) < count:
         logger.warning("the budget is %d rows but only %d have a gradient: all of them are chosen", count, len(rows))
-    return Selection(ids_of(store, rows), best.scores[0], rows, prepared.scorer, dropped)
+    return Selection(ids_of(store, rows), best.scores[0], rows, prepared.name, dropped)
 
 
 def write_jsonl(path: str | os.PathLike[str], records: Iterable[Mapping[str, Any]]) -> int:

@@ -1,0 +1,174 @@
+"""Queries as they are given, compared with a store: same sketch, parameters, loss, parts; finite numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradsift.engine.answers.scan import RowStore
+from gradsift.engine.capture.features import Features, table_difference
+from gradsift.engine.scorers.protocol import Queries
+from gradsift.engine.scorers.stores import name
+from gradsift.engine.store.reader import FeatureStore
+from gradsift.kernels.errors import ShapeError, SpecError, StoreError
+
+__all__ = ["Given", "checked"]
+
+Given = Features | FeatureStore | Tensor
+"""Queries: features of some examples; a store of them, with the parts of the store that is asked; or a tensor."""
+
+
+def checked(store: RowStore, given: Given) -> Queries:
+    """Queries that fit the store.
+
+    Raises:
+        SpecError: they were drawn by another sketch, from other parameters, another loss, model or other parts.
+        ShapeError: their shape or numbers are unusable.
+        StoreError: the store of queries holds no rows.
+    """
+    if isinstance(given, FeatureStore):
+        given = _features(store, given)
+    parts = np.shape(store.grad_norm)[1] if len(np.shape(store.grad_norm)) == 2 else 1
+    spec = getattr(store, "spec", None)
+    values = given.values if isinstance(given, Features) else given
+    expected = "(q, dim)" if parts == 1 else f"(q, {parts}, dim)"
+    if values.ndim < 2 or not len(values):
+        raise ShapeError(f"queries have shape {tuple(values.shape)}, expected {expected} with q >= 1")
+    dim = spec.dim if spec is not None else next(iter(store.blocks()))[1].shape[-1]
+    if values.shape[-1] != dim:
+        raise SpecError(
+            f"features have dim {values.shape[-1]} but {name(store)} holds dim {dim}: "
+            "open it with the spec that built it (store.spec)"
+        )
+    if isinstance(given, Features):
+        if spec is not None and given.spec != spec:
+            raise SpecError(
+                f"features were drawn by {given.spec.to_json()} but {name(store)} by {spec.to_json()}: "
+                "capture them with the spec that built it (store.spec)"
+            )
+        same_loss = _same_loss(store, given)
+        if same_loss and values.ndim == 2 and _of_loss(store, parts):
+            given = given.fold(parts)
+            values = given.values
+    if values.shape[1:-1] != (() if parts == 1 else (parts,)):
+        raise ShapeError(f"queries have shape {tuple(values.shape)}, expected {expected}: {_remedy(store, parts)}")
+    if not bool(torch.isfinite(values).all()):
+        row = int((~torch.isfinite(values)).flatten(1).any(dim=1).nonzero()[0])
+        raise ShapeError(f"query {row} holds NaN or infinite features: expected finite gradients, look at its loss")
+    values = values.detach().cpu().to(torch.float64)
+    norms = torch.linalg.vector_norm(values, dim=-1)
+    loss = None
+    if isinstance(given, Features):
+        exact = given.grad_norm.cpu().to(torch.float64)
+        norms = torch.where(exact.isnan(), norms, exact)
+        loss = None if given.loss is None else given.loss.detach().cpu().to(torch.float64)
+    return Queries(values, norms, loss)
+
+
+def _of_loss(store: RowStore, parts: int) -> bool:
+    """Whether the parts come from the loss, so that capture gives one row per example and part."""
+    table = getattr(store, "parts", None) or [{}] * parts
+    return all(part.get("group") is None and part.get("checkpoint") is None for part in table)
+
+
+def _remedy(store: RowStore, parts: int) -> str:
+    """What to do about queries of another number of parts."""
+    if not _of_loss(store, parts):
+        table: Any = store.parts  # type: ignore[attr-defined]
+        what = [
+            f"{len(found)} {word}"
+            for word, key in (("checkpoints", "checkpoint"), ("groups", "group"))
+            if len(found := {part.get(key) for part in table}) > 1
+        ]
+        return (
+            f"{name(store)} holds {' and '.join(what) or 'parts'}, so extract the queries to a store of their own with "
+            "the same checkpoints and groups, and give that"
+        )
+    return f"capture them with the loss that built {name(store)}" + (
+        " and fold its parts (features.fold)" if parts > 1 else ""
+    )
+
+
+def _same_loss(store: RowStore, queries: Features) -> bool:
+    """Contract of names: rows of one table and one loss, or their products mean nothing.
+
+    Returns:
+        whether both losses are known, and so the same.
+    """
+    table = getattr(store, "table", None)
+    difference = table_difference(queries.table, table) if table else None
+    if difference is not None:
+        raise SpecError(
+            f"features are gradients of other parameters than {name(store)} holds: {difference}; "
+            "capture them with the same model, adapter and modules"
+        )
+    loss = getattr(store, "metadata", {}).get("loss", {}).get("kind")
+    if None not in (loss, queries.loss_kind) and loss != queries.loss_kind:
+        raise SpecError(
+            f"features are gradients of the loss {queries.loss_kind!r} but {name(store)} holds those of {loss!r}: "
+            "capture them with the loss that built it"
+        )
+    return None not in (loss, queries.loss_kind)
+
+
+def _features(store: RowStore, queries: FeatureStore) -> Features:
+    """All rows of a store of queries, in memory."""
+    if not len(queries):
+        raise StoreError(f"{name(queries)} holds no rows: extract the queries first")
+    if queries.metadata.get("preconditioner"):
+        raise SpecError(
+            f"{name(queries)} holds gradients after Adam, expected plain ones of the queries: extract them again with "
+            "checkpoints that have adam=None"
+        )
+    _same_parts(store, queries)
+    mine: Mapping[str, Any] = getattr(store, "metadata", {}).get("fingerprints") or {}
+    other: Mapping[str, Any] = queries.metadata.get("fingerprints") or {}
+    for what in ("model", "adapter"):
+        if None not in (mine.get(what), other.get(what)) and mine[what] != other[what]:
+            raise SpecError(
+                f"{name(queries)} was extracted from another {what} than {name(store)}: extract the queries again with "
+                "the model and weights that the store was extracted from"
+            )
+    return Features(
+        torch.from_numpy(queries.features[:]),
+        torch.from_numpy(queries.loss),
+        torch.from_numpy(queries.grad_norm),
+        queries.spec,
+        queries.table,
+        queries.metadata["loss"]["kind"],
+    )
+
+
+def _same_parts(store: RowStore, queries: FeatureStore) -> None:
+    """The queries' parts are those of the store, in the same order."""
+    table = getattr(store, "parts", None)
+    if table is None:
+        return
+    kept = [
+        [{k: v for k, v in part.items() if k not in _MAY_DIFFER} for part in parts] for parts in (queries.parts, table)
+    ]
+    if len(queries.parts) != len(table):
+        raise SpecError(
+            f"{name(queries)} holds {_words(queries.parts)} but {name(store)} holds {_words(table)}: extract the "
+            "queries with the same checkpoints, groups and loss"
+        )
+    for place, (got, expected) in enumerate(zip(*kept, strict=True)):
+        if got != expected:
+            raise SpecError(
+                f"part {place} of {name(queries)} is {got} but {expected} in {name(store)}: extract the queries with "
+                "the same checkpoints, groups and loss, in the same order"
+            )
+
+
+_MAY_DIFFER = ("learning_rate", "norm")
+
+
+def _words(table: Any) -> str:
+    """How many parts of which kind."""
+    count = len({part.get("checkpoint") for part in table})
+    rest = len(table) // max(count, 1)
+    return f"{count} checkpoint{'s' * (count > 1)}" + (f" of {rest} parts" if rest > 1 else "")
