@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from math import prod
 from typing import Any, Literal, NamedTuple, Self, get_args
@@ -139,6 +139,16 @@ class Diffusion:
     def sampled_batch(self, model: nn.Module, batch: Mapping[str, Any], seeds: Sequence[int]) -> dict[str, Any]:
         """The batch with the draws of ``sampled`` to be kept, as ``seeds``: its plain loss is that of ``sampled``."""
         return {**batch, "seeds": [int(seed) for seed in seeds]}
+
+    def gauss_newton(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """The outputs that the loss is a square of, and the product with its second derivative at them.
+
+        Returns:
+            the prediction (n, K, C, H, W); and ``hessian(t)``: ``2 w t / (C H W)`` with w the measurement's weight.
+        """
+        prediction = self._pass(model, batch).prediction
+        bend = self._column(self._weights, prediction) * (2 / prediction[0, 0].numel())
+        return prediction, lambda tangent: bend * tangent
 
     def owners(self, batch: Mapping[str, Any]) -> Tensor | None:
         """Of each row that the model sees the number of its example, int64 (n * K,); None when every row is one."""

@@ -7,7 +7,7 @@ engine uses when it is there: ``token_losses``, ``loss_tokens``, ``sampled`` and
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,15 +17,10 @@ from torch.nn import functional
 
 from gradsift.engine.losses.counter import counter_uniform
 from gradsift.engine.losses.inside import find_inside
+from gradsift.engine.losses.softmax import IGNORE, cross_entropy, draw
 from gradsift.kernels.errors import DataError, ShapeError
 
 __all__ = ["IGNORE", "LanguageModelLoss", "language_model"]
-
-IGNORE = -100
-"""The label of a token that carries no loss."""
-
-_CHUNK_NUMBERS = 1 << 24
-"""Logits that are upcast at a time: 64 MiB of float32."""
 
 _NOT_FOR_THE_MODEL = frozenset({"ids", "segments", "labels"})
 
@@ -51,7 +46,7 @@ class LanguageModelLoss:
     def __call__(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         """Sum of the token losses of each example, float32 (float64 for a float64 model) of shape (n,)."""
         logits, labels, segments = _predictions(model, batch)
-        return _per_example(_cross_entropy(logits, labels), segments)
+        return _per_example(cross_entropy(logits, labels), segments)
 
     def token_losses(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         """Loss of each token at its own place, 0 where there is none.
@@ -62,7 +57,7 @@ class LanguageModelLoss:
             to the longest.
         """
         logits, labels, segments = _predictions(model, batch)
-        losses = _cross_entropy(logits, labels)
+        losses = cross_entropy(logits, labels)
         if not _is_encoder_decoder(model):
             losses = functional.pad(losses[:, :-1], (1, 0))
         if segments is None:
@@ -99,7 +94,7 @@ class LanguageModelLoss:
         """
         logits, labels, segments = _predictions(model, batch)
         drawn = _draw(logits.detach(), labels, segments, seeds)
-        return _per_example(_cross_entropy(logits, drawn), segments)
+        return _per_example(cross_entropy(logits, drawn), segments)
 
     def sampled_batch(self, model: nn.Module, batch: Mapping[str, Any], seeds: Sequence[int]) -> dict[str, Any]:
         """The batch with the labels that ``sampled`` draws, to be kept: its plain loss is that of ``sampled``.
@@ -118,6 +113,26 @@ class LanguageModelLoss:
             return {**batch, "labels": functional.pad(drawn[:, :-1], (1, 0), value=IGNORE)}
         read = batch.get("decoder_input_ids")
         return {**batch, "labels": drawn, "decoder_input_ids": _shifted_right(model, labels) if read is None else read}
+
+    def gauss_newton(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """The outputs that the loss is a convex function of, and the product with its second derivative at them.
+
+        Returns:
+            logits (n, T, V); and ``hessian(t)`` for t of their shape: ``(diag(p) - p p') t`` with p the softmax at each
+            counted position, 0 elsewhere. That is also the covariance of the slopes of labels drawn from p.
+        """
+        logits, labels, _ = _predictions(model, batch)
+        outputs = logits.detach()
+
+        def hessian(tangent: Tensor) -> Tensor:
+            flat, moved = (t.reshape(-1, t.shape[-1]) for t in (outputs, tangent))
+            bent = torch.zeros_like(moved)
+            for rows in _chunks(labels.reshape(-1), flat.shape[-1]):
+                p, t = _upcast(flat[rows]).softmax(-1), _upcast(moved[rows])
+                bent[rows] = (p * (t - (p * t).sum(-1, keepdim=True))).to(bent.dtype)
+            return bent.view_as(tangent)
+
+        return logits, hessian
 
 
 language_model = LanguageModelLoss()
@@ -237,82 +252,8 @@ def _draw(logits: Tensor, labels: Tensor, segments: np.ndarray | None, seeds: Se
         lengths = np.diff(segments)
         before = np.concatenate([[0], counted[0].cumsum()])[segments[:-1]]
         row, ordinal = np.repeat(seed, lengths)[None], counted.cumsum(1) - 1 - np.repeat(before, lengths)
-    uniform = torch.from_numpy(counter_uniform(row, np.where(counted, ordinal, 0))).to(logits.device).view(-1)
-    flat = logits.reshape(-1, logits.shape[-1])
-    drawn = torch.full((len(flat),), IGNORE, device=logits.device)
-    for rows in _chunks(labels.reshape(-1), flat.shape[-1]):
-        # Float64 sums: a float32 running sum over 10^5 tokens would shift the draws of the rare ones.
-        cdf = _upcast(flat[rows]).softmax(-1).cumsum(-1, dtype=torch.float64)
-        place = torch.searchsorted(cdf, uniform[rows, None] * cdf[:, -1:], right=True)
-        drawn[rows] = place.squeeze(-1).clamp_(max=flat.shape[-1] - 1)
-    return drawn.view(labels.shape)
-
-
-def _upcast(logits: Tensor) -> Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
-def _chunks(labels: Tensor, vocabulary: int) -> list[Tensor | slice]:
-    """The positions that carry loss, in runs that are upcast together."""
-    step = max(1, _CHUNK_NUMBERS // vocabulary)
-    counted = labels != IGNORE
-    if bool(counted.all()):
-        return [slice(i, i + step) for i in range(0, len(labels), step)]
-    return list(torch.split(counted.nonzero().squeeze(1), step)) if bool(counted.any()) else []
-
-
-class _TokenLosses(torch.autograd.Function):
-    """logsumexp(logits) - logits[label] per row, upcast chunk by chunk; backward makes the softmax again."""
-
-    @staticmethod
-    def forward(logits: Tensor, labels: Tensor) -> Tensor:  # type: ignore[override]
-        """Losses of shape (rows,) for logits (rows, vocabulary), 0 where the label is -100."""
-        losses = logits.new_zeros(len(logits), dtype=torch.promote_types(logits.dtype, torch.float32))
-        for rows in _chunks(labels, logits.shape[-1]):
-            losses[rows] = functional.cross_entropy(_upcast(logits[rows]), labels[rows], reduction="none")
-        return losses
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:  # type: ignore[override]
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        """(softmax - one_hot(label)) * grad."""
-        logits, labels = ctx.saved_tensors
-        chunks = _chunks(labels, logits.shape[-1])
-        if len(chunks) == 1 and isinstance(chunks[0], slice):  # nothing is left out: no second copy of the logits
-            return _slope(logits, labels, grad).to(logits.dtype), None
-        out = torch.zeros_like(logits)
-        for rows in chunks:
-            out[rows] = _slope(logits[rows], labels[rows], grad[rows]).to(out.dtype)
-        return out, None
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:  # type: ignore[override]
-        """<softmax, tangent> - tangent[label]."""
-        logits, labels = ctx.saved_tensors
-        out: Tensor = logits.new_zeros(len(logits), dtype=torch.promote_types(logits.dtype, torch.float32))
-        for rows in _chunks(labels, logits.shape[-1]):
-            step = _upcast(tangent[rows])
-            mean = (_upcast(logits[rows]).softmax(-1) * step).sum(-1)
-            out[rows] = mean - step.gather(1, labels[rows, None]).squeeze(1)
-        return out
-
-
-def _slope(logits: Tensor, labels: Tensor, grad: Tensor) -> Tensor:
-    """(softmax - one_hot(label)) * grad, row by row, in memory of its own."""
-    slope = _upcast(logits).softmax(-1)
-    slope.scatter_add_(1, labels[:, None], slope.new_full((len(slope), 1), -1.0))
-    return slope.mul_(grad[:, None])
-
-
-def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Loss of each position, shape (n, T)."""
-    flat = logits.reshape(-1, logits.shape[-1])
-    losses: Tensor = _TokenLosses.apply(flat, labels.reshape(-1))  # type: ignore[no-untyped-call]
-    return losses.view(labels.shape)
+    uniform = torch.from_numpy(counter_uniform(row, np.where(counted, ordinal, 0)))
+    return draw(logits, labels != IGNORE, uniform)
 
 
 def _is_encoder_decoder(model: nn.Module) -> bool:
