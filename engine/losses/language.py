@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from gradsift.engine.losses.counter import counter_uniform
 from gradsift.engine.losses.inside import find_inside
-from gradsift.engine.losses.softmax import IGNORE, cross_entropy, draw
+from gradsift.engine.losses.softmax import IGNORE, bend, cross_entropy, draw
 from gradsift.kernels.errors import DataError, ShapeError
 
 __all__ = ["IGNORE", "LanguageModelLoss", "language_model"]
@@ -118,21 +118,10 @@ class LanguageModelLoss:
         """The outputs that the loss is a convex function of, and the product with its second derivative at them.
 
         Returns:
-            logits (n, T, V); and ``hessian(t)`` for t of their shape: ``(diag(p) - p p') t`` with p the softmax at each
-            counted position, 0 elsewhere. That is also the covariance of the slopes of labels drawn from p.
+            logits (n, T, V); and ``hessian(t)`` for t of their shape: see ``softmax.bend``.
         """
         logits, labels, _ = _predictions(model, batch)
-        outputs = logits.detach()
-
-        def hessian(tangent: Tensor) -> Tensor:
-            flat, moved = (t.reshape(-1, t.shape[-1]) for t in (outputs, tangent))
-            bent = torch.zeros_like(moved)
-            for rows in _chunks(labels.reshape(-1), flat.shape[-1]):
-                p, t = _upcast(flat[rows]).softmax(-1), _upcast(moved[rows])
-                bent[rows] = (p * (t - (p * t).sum(-1, keepdim=True))).to(bent.dtype)
-            return bent.view_as(tangent)
-
-        return logits, hessian
+        return logits, lambda tangent: bend(logits, labels, tangent)
 
 
 language_model = LanguageModelLoss()
