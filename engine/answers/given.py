@@ -30,6 +30,12 @@ def checked(store: RowStore, given: Given) -> Queries:
         ShapeError: their shape or numbers are unusable.
         StoreError: the store of queries holds no rows.
     """
+    adam = given.metadata.get("preconditioner") if isinstance(given, FeatureStore) else None
+    if adam or getattr(given, "preconditioner", None):
+        raise SpecError(
+            "the queries are gradients after Adam, expected plain ones: capture them without adam, or extract them "
+            "with checkpoints that have adam=None"
+        )
     if isinstance(given, FeatureStore):
         given = _features(store, given)
     parts = np.shape(store.grad_norm)[1] if len(np.shape(store.grad_norm)) == 2 else 1
@@ -50,9 +56,9 @@ def checked(store: RowStore, given: Given) -> Queries:
                 f"features were drawn by {given.spec.to_json()} but {name(store)} by {spec.to_json()}: "
                 "capture them with the spec that built it (store.spec)"
             )
-        same_loss = _same_loss(store, given)
-        if same_loss and values.ndim == 2 and _of_loss(store, parts):
-            given = given.fold(parts)
+        groups = len(getattr(given, "groups", ()))
+        if _same_loss(store, given) and values.ndim == (3 if groups else 2) and _one_checkpoint(store):
+            given = given.fold(parts // max(1, groups))
             values = given.values
     if values.shape[1:-1] != (() if parts == 1 else (parts,)):
         raise ShapeError(f"queries have shape {tuple(values.shape)}, expected {expected}: {_remedy(store, parts)}")
@@ -69,25 +75,22 @@ def checked(store: RowStore, given: Given) -> Queries:
     return Queries(values, norms, loss)
 
 
-def _of_loss(store: RowStore, parts: int) -> bool:
-    """Whether the parts come from the loss, so that capture gives one row per example and part."""
-    table = getattr(store, "parts", None) or [{}] * parts
-    return all(part.get("group") is None and part.get("checkpoint") is None for part in table)
+def _one_checkpoint(store: RowStore) -> bool:
+    """Whether the rows are of one checkpoint, so that a capture of the same loss has all their parts."""
+    return len({part.get("checkpoint") for part in getattr(store, "parts", ())}) <= 1
 
 
 def _remedy(store: RowStore, parts: int) -> str:
     """What to do about queries of another number of parts."""
-    if not _of_loss(store, parts):
-        table: Any = store.parts  # type: ignore[attr-defined]
-        what = [
-            f"{len(found)} {word}"
-            for word, key in (("checkpoints", "checkpoint"), ("groups", "group"))
-            if len(found := {part.get(key) for part in table}) > 1
-        ]
+    table = getattr(store, "parts", ())
+    if not _one_checkpoint(store):
+        count = len({part.get("checkpoint") for part in table})
         return (
-            f"{name(store)} holds {' and '.join(what) or 'parts'}, so extract the queries to a store of their own with "
-            "the same checkpoints and groups, and give that"
+            f"{name(store)} holds {count} checkpoints, so extract the queries to a store of their own with the same "
+            "checkpoints, and give that"
         )
+    if any(part.get("group") is not None for part in table):
+        return f"{name(store)} holds {len(table)} groups, so capture the queries with the same groups"
     return f"capture them with the loss that built {name(store)}" + (
         " and fold its parts (features.fold)" if parts > 1 else ""
     )
@@ -119,11 +122,6 @@ def _features(store: RowStore, queries: FeatureStore) -> Features:
     """All rows of a store of queries, in memory."""
     if not len(queries):
         raise StoreError(f"{name(queries)} holds no rows: extract the queries first")
-    if queries.metadata.get("preconditioner"):
-        raise SpecError(
-            f"{name(queries)} holds gradients after Adam, expected plain ones of the queries: extract them again with "
-            "checkpoints that have adam=None"
-        )
     _same_parts(store, queries)
     mine: Mapping[str, Any] = getattr(store, "metadata", {}).get("fingerprints") or {}
     other: Mapping[str, Any] = queries.metadata.get("fingerprints") or {}

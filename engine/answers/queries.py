@@ -14,7 +14,7 @@ from gradsift.engine.answers.scan import RowStore
 from gradsift.engine.curvature.fisher import Fisher
 from gradsift.engine.scorers.protocol import LinearScorer, Queries, Rows, Scorer, name_of, product
 from gradsift.engine.scorers.registry import scorer_of
-from gradsift.engine.scorers.stores import blocks_of, name
+from gradsift.engine.scorers.stores import blocks_of, empty_blocks, name
 from gradsift.kernels.errors import ShapeError, SpecError, StoreError
 
 __all__ = ["AnyScorer", "Prepared", "prepare"]
@@ -53,7 +53,8 @@ class Prepared:
             ShapeError: a scorer of one's own returns another shape.
         """
         loss = getattr(self.store, "loss", None)
-        for first, values in blocks_of(self.store, self.name):
+        reads = getattr(self.scorer, "reads_features", True)
+        for first, values in blocks_of(self.store, self.name) if reads else empty_blocks(self.store):
             inside = slice(first, first + len(values))
             rows = Rows(
                 first,

@@ -76,6 +76,8 @@ class Cosine(LinearScorer):
     )
 
     _parts: Parts
+    _shares: int
+    """What the sum of cosines is divided by."""
     _inverse: np.ndarray
 
     def prepare(self, store: RowStore) -> None:
@@ -85,14 +87,14 @@ class Cosine(LinearScorer):
             StoreError: a row's exact norm is not known.
         """
         self._parts = parts_of(store)
+        self._shares = self._parts.units
         self._inverse = inverse(self._parts.unit_norms(known_norms(store, "a cosine divides by: use scorer='dot'")))
 
     def directions(self, queries: Queries) -> Tensor:
         """As of ``LinearScorer``."""
         parts = self._parts
-        lengths = torch.from_numpy(parts.unit_norms(queries.norms.numpy())) * parts.units
-        unit = torch.where(lengths > 0, 1 / lengths, 0.0)
-        return parts.spread(parts.by_unit(queries.values) * unit[..., None], parts.unit)
+        lengths = parts.unit_norms(queries.norms.numpy()) * self._shares
+        return parts.spread(parts.by_unit(queries.values) * torch.from_numpy(inverse(lengths))[..., None], parts.unit)
 
     def weights(self) -> np.ndarray:
         """As of ``LinearScorer``."""
@@ -106,5 +108,5 @@ class Cosine(LinearScorer):
     def exact_weights(self, queries: Queries, query: int, rows: np.ndarray, length: np.ndarray | None) -> np.ndarray:
         """As of ``LinearScorer``; the vector's own length is preferred: the mean of a set only has it exactly."""
         own = self._parts.unit_norms(queries.norms[query : query + 1].numpy())[0] if length is None else length
-        weight = self._inverse[rows] * inverse(own * self._parts.units)
+        weight = self._inverse[rows] * inverse(own * self._shares)
         return np.asarray(weight[:, 0] if self._parts.units == 1 else weight)

@@ -57,6 +57,7 @@ class Scorer(Protocol):
         about: a ``Method`` in words; its name stands in results, else the class's name.
         accepts_preconditioned: True when rows after Adam are what it wants; without it such a store is refused.
         needs_queries: False for scores of rows alone: ``topk(store, None, scorer=...)``.
+        reads_features: False for a scorer of norms and losses alone: ``rows.values`` is then empty.
     """
 
     def prepare(self, store: RowStore) -> None:
@@ -123,7 +124,7 @@ def product(directions: Tensor, weights: np.ndarray | None, rows: Rows) -> Tenso
     return directions.flatten(1) @ values.flatten(1).T
 
 
-def name_of(scorer: Scorer | LinearScorer) -> str:
-    """What results call a scorer: its own name, else that of its class."""
+def name_of(scorer: object) -> str:
+    """What results call a scorer, or anything like it: its own name, else that of its class."""
     about = getattr(scorer, "about", None)
     return str(getattr(scorer, "name", None) or getattr(about, "name", None) or type(scorer).__name__)

@@ -6,14 +6,21 @@ import inspect
 from typing import Any
 
 from gradsift.engine.curvature.fisher import Fisher
+from gradsift.engine.scorers.datainf import DataInf
+from gradsift.engine.scorers.dmin import DMin
+from gradsift.engine.scorers.empirical import DTrak, Trak
 from gradsift.engine.scorers.fisher import TrueFisher
+from gradsift.engine.scorers.less import Less
+from gradsift.engine.scorers.own import FisherSelf, SelfInfluence
 from gradsift.engine.scorers.plain import Cosine, Dot
 from gradsift.engine.scorers.protocol import LinearScorer, Scorer
 from gradsift.kernels.errors import SpecError
 
 __all__ = ["SCORERS", "scorer_of"]
 
-SCORERS: dict[str, type] = {cls.about.name: cls for cls in (TrueFisher, Dot, Cosine)}  # type: ignore[attr-defined]
+_BUILT_IN: tuple[Any, ...] = (TrueFisher, Dot, Cosine, Less, DataInf, Trak, DMin, DTrak, SelfInfluence, FisherSelf)
+
+SCORERS: dict[str, type] = {cls.about.name: cls for cls in _BUILT_IN}
 """Built-in scorers by the names that ``topk`` and ``select`` take; each has ``about``."""
 
 

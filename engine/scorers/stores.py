@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from gradsift.engine.answers.scan import RowStore
 from gradsift.kernels.errors import StoreError
 
-__all__ = ["blocks_of", "inverse", "known_norms", "name"]
+__all__ = ["blocks_of", "empty_blocks", "inverse", "known_norms", "name"]
+
+_ROWS_AT_ONCE = 1 << 16
 
 
 def name(store: RowStore) -> str:
@@ -33,6 +36,12 @@ def blocks_of(store: RowStore, scorer: str) -> Iterator[tuple[int, Tensor]]:
             f"{name(store)} is compacted and holds no rows, which {scorer!r} reads: use the store it was made of"
         )
     return store.blocks()
+
+
+def empty_blocks(store: RowStore) -> Iterator[tuple[int, Tensor]]:
+    """First row and (rows, 0): blocks for what needs no features, of any store."""
+    for first in range(0, len(store), _ROWS_AT_ONCE):
+        yield first, torch.zeros(min(_ROWS_AT_ONCE, len(store) - first), 0)
 
 
 def known_norms(store: RowStore, why: str) -> np.ndarray:
