@@ -19,7 +19,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from gradsift.engine.losses import IGNORE, counter_uniform, language, language_model
+from gradsift.engine.losses import IGNORE, counter_uniform, language_model, softmax
 from gradsift.kernels.errors import DataError, ShapeError
 
 VOCAB = 41
@@ -178,7 +178,7 @@ def test_logits_of_another_length_are_refused() -> None:
 def test_both_derivatives_are_autograds_in_any_chunk(
     monkeypatch: pytest.MonkeyPatch, chunk: int, dtype: torch.dtype
 ) -> None:
-    monkeypatch.setattr(language, "_CHUNK_NUMBERS", chunk)
+    monkeypatch.setattr(softmax, "_CHUNK_NUMBERS", chunk)
     logits = torch.randn(9, VOCAB, dtype=dtype)
     labels = torch.randint(0, VOCAB, (9,))
     labels[[2, 5]] = IGNORE
@@ -188,7 +188,7 @@ def test_both_derivatives_are_autograds_in_any_chunk(
         return functional.cross_entropy(x.double(), labels, reduction="none", ignore_index=IGNORE)
 
     def ours(x: Tensor) -> Tensor:
-        return language._TokenLosses.apply(x, labels)  # type: ignore[no-any-return]
+        return softmax._TokenLosses.apply(x, labels)  # type: ignore[no-any-return]
 
     wide = torch.promote_types(dtype, torch.float32)
     value, slope = torch.func.jvp(ours, (logits,), (step,))
