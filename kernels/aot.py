@@ -9,6 +9,7 @@ memory, spills, matrix instructions. Needs only the triton wheel (it carries ptx
 import re
 import subprocess
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -75,7 +76,7 @@ class Compiled(NamedTuple):
 
 
 def variants() -> Iterator[Variant]:
-    """Every specialisation of dtype, rank tile, alignment and mode.
+    """Every specialisation of dtype, rank tile, alignment, mode, and with or without Adam's moments.
 
     Alignment "16" lets the compiler assume multiples of 16 for the long operand's address, strides and width; the
     thin one's (LoRA of rank 4 or 8) never: assuming it too changes no figure. "odd" assumes nothing: odd widths,
@@ -85,19 +86,22 @@ def variants() -> Iterator[Variant]:
     for dtypes in pairs:
         for block_r in (16, 32, 64):
             for alignment in ("16", "odd"):
-                for atomic in (False, True):
-                    yield _tile_variant(dtypes, block_r, alignment, atomic)
+                for atomic, adam in product((False, True), (False, True)):
+                    yield _tile_variant(dtypes, block_r, alignment, atomic, adam)
     for alignment in ("16", "odd", "1"):
         yield _gather_variant(alignment)
-    for atomic in (False, True):
-        yield _tile_variant(pairs[0], 16, "1", atomic)
+    for atomic, adam in product((False, True), (False, True)):
+        yield _tile_variant(pairs[0], 16, "1", atomic, adam)
 
 
-def _tile_variant(dtypes: tuple[torch.dtype, torch.dtype], block_r: int, alignment: str, atomic: bool) -> Variant:
+def _tile_variant(
+    dtypes: tuple[torch.dtype, torch.dtype], block_r: int, alignment: str, atomic: bool, adam: bool
+) -> Variant:
     tile = outer_triton.tile_for(block_r, dtypes, alignment == "16")
     constants: dict[str, Any] = {
         "ATOMIC": atomic,
         "HAS_NORM": True,
+        "HAS_ADAM": adam,
         "BLOCK_T": tile.block_t,
         "BLOCK_L": tile.block_l,
         "BLOCK_R": tile.block_r,
@@ -109,16 +113,19 @@ def _tile_variant(dtypes: tuple[torch.dtype, torch.dtype], block_r: int, alignme
         "keys_ptr": "*i32",
         "out_ptr": "*fp32",
         "partial_ptr": "*fp32",
+        "first_ptr": "*fp32",
+        "second_ptr": "*fp32",
+        **dict.fromkeys(("a_adam", "b_adam", "eps_adam"), "fp32"),
     }
     multiples = {"keys_ptr", "out_ptr", "stride_on"}
     if alignment == "16":
         constants["stride_lc"] = constants["stride_tc"] = 1
-        multiples |= {"long_ptr", "long", "stride_ln", "stride_lt"}
+        multiples |= {"long_ptr", "long", "stride_ln", "stride_lt", "first_ptr", "second_ptr"}
     if alignment == "1":
         constants |= _ones(outer_triton._tile_kernel, types)
         multiples = set()
     return Variant(
-        kernel="tile-atomic" if atomic else "tile",
+        kernel="tile" + "-atomic" * atomic + "-adam" * adam,
         dtypes=" x ".join(dict.fromkeys(_TYPES[t] for t in dtypes)),
         alignment=alignment,
         block_r=block_r,

@@ -4,6 +4,7 @@ With x (tokens, q), g (tokens, p) and example n owning the tokens segments[n]..s
 of the parameter W (p, q) in y = x W^T is G_n = sum_t g_t x_t^T; the tokens of a convolution are its patches
 (``images``). No backend holds more than a bounded number of G_n at once (torch up to 64 MiB of them or one, Triton
 up to 32 MiB or one). A spec with ``project`` has large gradients projected from both sides first (``project``).
+With ``adam`` it is Adam's update of G_n that is sketched (``adam``), of the whole sum over tokens.
 
 Accumulation: float32 (float64 for float64 operands), never TF32 or bfloat16, also inside autocast.
 Determinism: on the CPU the same call gives the same bits at the same thread count; on a GPU the default
@@ -22,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradsift.kernels.errors import BackendError, ShapeError
+from gradsift.kernels.adam import AdamStep
+from gradsift.kernels.errors import BackendError, ShapeError, SpecError
 from gradsift.kernels.hashing import buckets_and_signs, matrix_shape
 from gradsift.kernels.operands import Operands, Tokens, squared_norms, sum_dtype, words
 from gradsift.kernels.project import projections
@@ -66,11 +68,20 @@ class Held:
 
 
 def sketch_outer_reference(
-    x: Tensor, g: Tensor, offsets: Sequence[int], spec: SketchSpec, name: str, shape: tuple[int, ...]
+    x: Tensor,
+    g: Tensor,
+    offsets: Sequence[int],
+    spec: SketchSpec,
+    name: str,
+    shape: tuple[int, ...],
+    adam: AdamStep | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The definition, one example at a time in float64: sketch (n, dim) and squared norm (n,); for tests."""
     x, g = x.detach().double(), g.detach().double()
-    grads = torch.stack([g[a:b].t() @ x[a:b] for a, b in pairwise(offsets)]).flatten(1)
+    grads = torch.stack([g[a:b].t() @ x[a:b] for a, b in pairwise(offsets)])
+    if adam is not None:
+        grads = adam(grads.view(-1, *shape))
+    grads = grads.flatten(1)
     out = grads.new_zeros(len(grads), spec.dim)
     sketch_dense(grads, spec, name, shape, out)
     return out, grads.square().sum(1)
@@ -88,6 +99,7 @@ def sketch_outer(
     sqnorm: Tensor | None = None,
     backend: str = "auto",
     held: Held | None = None,
+    adam: AdamStep | None = None,
 ) -> Tensor:
     """Add the sketch of every example's weight gradient of one linear map.
 
@@ -109,6 +121,8 @@ def sketch_outer(
         backend: "auto" is Triton for GPU tensors and torch elsewhere; "torch"; "triton"; or "triton-atomic",
             which saves a launch and is not bit-reproducible.
         held: lets the torch path put off the sketch; out and sqnorm are complete after ``held.release()``.
+        adam: the parameter's moments: sketch and norm are then of Adam's update of G_n instead of G_n. An example
+            without tokens has the update of a zero gradient, which is not zero.
 
     Returns:
         out.
@@ -116,9 +130,12 @@ def sketch_outer(
     Raises:
         ShapeError: operands, segments, shape, out or sqnorm do not fit each other.
         BackendError: the backend named cannot run these tensors here.
+        SpecError: the gradient is projected by its spec, and ``adam`` needs every entry of it.
     """
     operands = Tokens(x, g, segments, name, shape)
-    return sketch_operands(operands, spec, name=name, shape=shape, out=out, sqnorm=sqnorm, backend=backend, held=held)
+    return sketch_operands(
+        operands, spec, name=name, shape=shape, out=out, sqnorm=sqnorm, backend=backend, held=held, adam=adam
+    )
 
 
 def sketch_operands(
@@ -131,6 +148,7 @@ def sketch_operands(
     sqnorm: Tensor | None = None,
     backend: str = "auto",
     held: Held | None = None,
+    adam: AdamStep | None = None,
 ) -> Tensor:
     """Add the sketch of every example's gradient of one parameter; as ``sketch_outer``, for operands of any map."""
     n, device = operands.n, operands.device
@@ -138,10 +156,15 @@ def sketch_operands(
         out = torch.zeros(n, spec.dim, dtype=torch.float32, device=device)
     _validate_outputs(out, sqnorm, n, spec, name, device)
     kind = _choose(backend, operands, spec, out)
-    if n == 0 or operands.empty:
+    if n == 0 or (operands.empty and adam is None):
         return out
     if (sides := projections(spec, name, shape, sum_dtype(operands.dtypes), device)) is not None:
         small = len(sides[0]), len(sides[1])
+        if adam is not None:
+            raise SpecError(
+                f"{name}: Adam works on every entry of a gradient but project={spec.project} has it projected to "
+                f"{small} before it is formed: use a spec without project, or leave Adam out"
+            )
         with torch.no_grad(), _full_precision(device.type):
             for first, last, x, g, offsets in operands.projected(*sides):
                 some = Tokens(x, g, offsets, name, small)
@@ -151,7 +174,7 @@ def sketch_operands(
         return out
     if kind == "torch":
         with torch.no_grad(), _full_precision(device.type):
-            _sketch_torch(operands, spec, name, tuple(shape), out, sqnorm, held)
+            _sketch_torch(operands, spec, name, tuple(shape), out, sqnorm, held, adam)
         return out
     from gradsift.kernels.outer_triton import sketch_outer_triton  # here: triton is loaded only when it runs
 
@@ -159,7 +182,7 @@ def sketch_operands(
     with torch.no_grad(), _full_precision(device.type):
         for first, last, x, g, offsets in operands.pieces():
             norms = None if sqnorm is None else sqnorm[first:last]
-            sketch_outer_triton(x, g, offsets, spec, name, shape, out[first:last], norms, atomic=atomic)
+            sketch_outer_triton(x, g, offsets, spec, name, shape, out[first:last], norms, atomic=atomic, adam=adam)
     return out
 
 
@@ -217,10 +240,15 @@ def _sketch_torch(
     out: Tensor,
     sqnorm: Tensor | None,
     held: Held | None,
+    adam: AdamStep | None,
 ) -> None:
     """G by matrix products, a bounded number of examples at a time, then their sketch at once."""
+    step: AdamStep | None = None
     for first, last in _spans(operands):
         grad, transposed = operands.gradients(first, last)
+        if adam is not None:
+            step = step or adam.oriented(*operands.widths, transposed, grad.device)
+            grad = step(grad)
         norms = None if sqnorm is None else sqnorm[first:last]
         add = partial(_add_sketch, grad, transposed, spec, name, shape, out[first:last], norms)
         if held is None:

@@ -2,13 +2,15 @@
 
     out[n, 64 block + (lane ^ mask)] += sign * G_n[row, column]      G_n = sum_t g_t x_t^T
 
+or, with moments, Adam's update of G_n: (first + a G) / (sqrt(second + b G^2) + eps), applied to the finished tile.
+
 The longer of the two widths is the long side (L columns), the other the thin side (R rows): for a LoRA pair R is the
 rank. One program owns a tile (BLOCK_L columns, BLOCK_R rows) of one example and loops over that example's tokens.
 
 Ordered (default), two launches: tiles go to a scratch in row-major order, then a program that owns 64 numbers of one
 example's output gathers the row segments that hash there, through a list sorted by block. Bytes: x and g once per
 BLOCK_R rows, 8 n R L for the scratch (in L2 while below its size), 8 n dim for out. Atomic: signed tiles straight
-into out, 4 n R L of atomic traffic.
+into out, 4 n R L of atomic traffic. Moments: 8 R L read per example.
 
 Accumulation: float32; float32 operands by IEEE products, never TF32. Determinism (ordered): no atomics, and nothing
 that changes rounding depends on the batch: an example's bits follow from its own tokens, the map's shape, the dtype,
@@ -29,6 +31,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gradsift.kernels.adam import AdamStep
 from gradsift.kernels.errors import BackendError
 from gradsift.kernels.hashing import parameter_key, segment_hashes
 from gradsift.kernels.spec import SEGMENT, SketchSpec
@@ -98,6 +101,12 @@ def _tile_kernel(
     keys_ptr,
     out_ptr,
     partial_ptr,
+    first_ptr,
+    second_ptr,
+    # Adam's coefficients
+    a_adam,
+    b_adam,
+    eps_adam,
     # sizes
     long,
     first_row,
@@ -116,6 +125,7 @@ def _tile_kernel(
     # constants
     ATOMIC: tl.constexpr,
     HAS_NORM: tl.constexpr,
+    HAS_ADAM: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -151,6 +161,13 @@ def _tile_kernel(
         acc = tl.dot(tl.trans(a), b, acc, input_precision="ieee")
         long_ptrs += tl.cast(BLOCK_T, tl.int64) * stride_lt
         thin_ptrs += tl.cast(BLOCK_T, tl.int64) * stride_tt
+
+    if HAS_ADAM:  # moments are (rows, long); outside of them the update is 0 / 1
+        offs_m = offs_r.to(tl.int64)[None, :] * long + offs_l[:, None]
+        mask_m = mask_l[:, None] & mask_r[None, :]
+        root = tl.load(second_ptr + offs_m, mask=mask_m, other=1.0)  # (BLOCK_L, BLOCK_R)
+        root = tl.sqrt(root + b_adam * acc * acc) + eps_adam
+        acc = (tl.load(first_ptr + offs_m, mask=mask_m, other=0.0) + a_adam * acc) / root
 
     if HAS_NORM:
         square = tl.sum(acc * acc)  # axis by axis, triton 3.6 fails to compile for sm_100
@@ -255,6 +272,7 @@ def sketch_outer_triton(
     sqnorm: Tensor | None,
     *,
     atomic: bool,
+    adam: AdamStep | None = None,
 ) -> None:
     """Launch the kernels on operands that `sketch_outer` has validated: (n, T, d), or (tokens, d) with offsets.
 
@@ -272,7 +290,8 @@ def sketch_outer_triton(
     long, thin = (x, g) if p <= q else (g, x)
     aligned = _aligned(long)
     tile = tile_for(min(p, q), (long.dtype, thin.dtype), aligned)
-    call = _Call(spec, name, tuple(shape), min(p, q), max(p, q), tile)
+    moments = None if adam is None else adam.oriented(p, q, p > q, x.device)
+    call = _Call(spec, name, tuple(shape), min(p, q), max(p, q), tile, moments)
     bounds = _bounds(offsets, x.shape[0], 0 if offsets is not None else x.shape[1], x.device)
     with torch.cuda.device_of(x):
         if atomic:
@@ -288,6 +307,7 @@ class _Call(NamedTuple):
     rows: int
     long: int
     tile: Tile
+    adam: AdamStep | None
 
 
 def _aligned(t: Tensor) -> bool:
@@ -399,6 +419,7 @@ def _launch_tiles(
     tiles_r = triton.cdiv(last_row - first_row, tile.block_r)
     if long.ndim == 3:
         long, thin = long[in_batch], thin[in_batch]
+    adam = call.adam
     _tile_kernel[((in_batch.stop - in_batch.start) * tiles_l * tiles_r,)](
         long,
         thin,
@@ -406,6 +427,11 @@ def _launch_tiles(
         keys,
         target,
         target if norms is None else norms,
+        target if adam is None else adam.first,
+        target if adam is None else adam.second,
+        0.0 if adam is None else adam.a,
+        0.0 if adam is None else adam.b,
+        0.0 if adam is None else adam.eps,
         call.long,
         first_row,
         last_row,
@@ -417,6 +443,7 @@ def _launch_tiles(
         target.stride(0),
         ATOMIC=atomic,
         HAS_NORM=norms is not None,
+        HAS_ADAM=adam is not None,
         BLOCK_T=tile.block_t,
         BLOCK_L=tile.block_l,
         BLOCK_R=tile.block_r,
