@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,16 +21,30 @@ from gradsift.engine.capture.names import unwrap_parallel
 from gradsift.engine.capture.probe import Probe
 from gradsift.engine.capture.recorder import Receiver, Recorder
 from gradsift.engine.capture.tap import Tap
+from gradsift.kernels.adam import AdamStep
 from gradsift.kernels.errors import CaptureError
 from gradsift.kernels.outer import BACKENDS
 from gradsift.kernels.spec import SketchSpec
 
-__all__ = ["Capture", "LossFunction"]
+__all__ = ["GROUPS", "Capture", "LossFunction", "Moments"]
 
 logger = logging.getLogger(__name__)
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
 """``loss_fn(model, batch)`` -> (n,), one loss per example."""
+
+GROUPS = (None, "parameter", "map")
+
+
+class Moments(Protocol):
+    """Adam's state for every captured parameter, such as ``AdamMoments``."""
+
+    def step(self, name: str) -> AdamStep:
+        """The update of one parameter."""
+
+    @property
+    def preconditioner(self) -> dict[str, Any]:
+        """What a store says of it."""
 
 
 class Capture:
@@ -42,10 +56,15 @@ class Capture:
         modules: "lora", one glob, or several; see ``find_maps``.
         backend: "auto" is Triton on a GPU and torch elsewhere; a backend named explicitly never falls back.
         allow_idle: globs of maps that may give no gradient in a pass.
+        groups: keep the sketches of groups of parameters apart, all drawn by one seed: "parameter" has one for each
+            captured parameter (LoRA's A and B are two), "map" one for each map. Rows are then (n, groups, dim): with
+            the 448 matrices of a LoRA on 7 maps of 32 layers, 448 times the memory of a joint row. Summed over groups
+            they are the joint row.
 
     Attributes:
         spec: the projection, bound to the parameters when it is the identity.
         uncovered: trainable parameters left out: canonical name -> share of all trainable numbers.
+        groups: the group of every captured parameter, name -> name, in table order; None for joint rows.
 
     Raises:
         CaptureError: nothing is selected, or a selected map cannot be captured truthfully.
@@ -58,7 +77,10 @@ class Capture:
         modules: Modules = "lora",
         backend: str = "auto",
         allow_idle: Sequence[str] = (),
+        groups: str | None = None,
     ):
+        if groups not in GROUPS:
+            raise ValueError(f"groups is {groups!r}, expected None, 'parameter' or 'map'")
         if backend not in BACKENDS:
             raise ValueError(f"backend is {backend!r}, expected one of {', '.join(BACKENDS)}")
         self.model = model
@@ -66,6 +88,7 @@ class Capture:
         self.maps = find_maps(model, modules)
         self.spec = spec.bind(tuple((row.name, row.shape) for row in self.table))
         self.uncovered = uncovered_shares(model, self.maps)
+        self.groups = None if groups is None else _groups(self.maps, groups)
         self._allow_idle = tuple(allow_idle)
         self._input_grads = False
         self.probed = False
@@ -83,12 +106,24 @@ class Capture:
         """The captured parameters: canonical name, full shape, scale."""
         return tuple(row for found in self.maps for row in found.table)
 
+    @property
+    def group_names(self) -> list[str]:
+        """The groups in the order of a row's parts; empty for joint rows."""
+        return list(dict.fromkeys((self.groups or {}).values()))
+
+    def accumulator(self, layout: Layout, adam: Moments | None = None) -> Accumulator:
+        """Where the rows of one pass come together."""
+        places = {name: i for i, name in enumerate(self.group_names)}
+        groups = None if self.groups is None else {name: places[group] for name, group in self.groups.items()}
+        return Accumulator(self.spec, layout, self.backend, groups, None if adam is None else adam.step)
+
     def __call__(
         self,
         batch: Any,
         loss_fn: LossFunction,
         segments: Tensor | Sequence[int] | None = None,
         batch_axis: int = 0,
+        adam: Moments | None = None,
     ) -> Features:
         """One row per example.
 
@@ -99,23 +134,29 @@ class Capture:
                 row, shape (rows,), or None.
             segments: offsets (n + 1,) of the examples in packed tokens.
             batch_axis: the axis of activations along which examples lie, when they are not packed.
+            adam: moments (``adam_moments``): rows are of Adam's update from each example alone instead of its gradient,
+                and ``grad_norm`` is the update's norm. An example whose gradient is zero has a row of zeros, and so has
+                a map that gives no gradient in this batch (``allow_idle``): its optimizer would skip it.
 
         Returns:
             Features of n rows. Model, gradients, modes and hooks are left as they were, also after an error.
 
         Raises:
             CaptureError: losses are not per example, a map gives no gradient, or (checked on the first batch of two
-                or more) one example's loss reaches another example's rows.
+                or more) one example's loss reaches another example's rows; or Adam is asked for where a map's gradient
+            comes in several backward passes.
         """
         with frozen(self.model):
             layout = self.layout(batch, loss_fn, segments, batch_axis)
-            rows = Accumulator(self.spec, layout, self.backend)
+            rows = self.accumulator(layout, adam)
             loss = self._run(batch, loss_fn, layout, rows.receive, torch.sum)
             if not self.probed and len(loss) > 1:
                 with same_randomness(self.model):
                     self._probe(batch, loss_fn, layout, loss)
         kind = getattr(loss_fn, "kind", None)
-        return Features(rows.values, loss.float(), rows.grad_norm, self.spec, self.table, kind)
+        applied = None if adam is None else adam.preconditioner
+        groups = tuple(self.group_names)
+        return Features(rows.values, loss.float(), rows.grad_norm, self.spec, self.table, kind, applied, groups)
 
     def factors(
         self,
@@ -215,3 +256,8 @@ class Capture:
         self._run(batch, loss_fn, layout, probe.receive, lambda losses: losses[index])
         probe.check(index)
         self.probed = True
+
+
+def _groups(maps: Sequence[Map], kind: str) -> dict[str, str]:
+    """The group of every parameter."""
+    return {name: found.name if kind == "map" else name for found in maps for name in found.parameters}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -27,14 +27,18 @@ class Features:
     """Sketched gradients of a batch.
 
     Attributes:
-        values: float32, shape (n, dim); (n, parts, dim) after ``fold``.
+        values: float32, shape (n, dim); (n, groups, dim) of a capture with groups; (n, parts, dim) after ``fold``.
         loss: float32, shape (n,); None under a tap, which does not see losses.
         grad_norm: float32, shape (n,), or (n, parts): the exact norm of each gradient before sketching; NaN where it
-            is not known (a parameter used in several backward passes).
+            is not known (a parameter used in several backward passes). With a preconditioner, the norm of what it made
+            of the gradient.
         spec: the projection.
         table: the captured parameters.
         loss_kind: the ``kind`` that the loss declares, compared with a store's; None when it declares none or is not
             seen (under a tap).
+        preconditioner: what was applied to each gradient before the sketch, such as ``{"kind": "adam", ...}``; None
+            for plain gradients.
+        groups: names along the second axis of rows that are kept apart by group; empty otherwise, and after ``fold``.
     """
 
     values: Tensor
@@ -43,6 +47,8 @@ class Features:
     spec: SketchSpec
     table: tuple[TableRow, ...]
     loss_kind: str | None = None
+    preconditioner: dict[str, Any] | None = None
+    groups: tuple[str, ...] = ()
 
     def fold(self, parts: int) -> Features:
         """One row per example, as a store with parts holds it, of a loss that gives one row per example and part.
@@ -51,7 +57,8 @@ class Features:
             parts: how many the loss keeps apart, ``len(loss.parts)``; rows lie example by example.
 
         Returns:
-            values (n, parts, dim) and grad_norm (n, parts); losses are summed over the parts. With one part nothing
+            values (n, parts, dim) and grad_norm (n, parts), or with groups (n, parts * groups, dim) and (n, parts *
+            groups), the groups of the first part first; losses are summed over the parts. With one part nothing
             changes.
 
         Raises:
@@ -59,16 +66,17 @@ class Features:
         """
         if parts == 1:
             return self
-        if self.values.ndim != 2 or parts < 1 or len(self.values) % parts:
+        if self.values.ndim != (3 if self.groups else 2) or parts < 1 or len(self.values) % parts:
             raise ShapeError(
                 f"features have shape {tuple(self.values.shape)}, expected {parts} rows per example: "
                 "capture them with the loss that keeps its parts apart"
             )
         return replace(
             self,
-            values=self.values.unflatten(0, (-1, parts)),
-            grad_norm=self.grad_norm.unflatten(0, (-1, parts)),
+            values=self.values.reshape(len(self.values) // parts, -1, self.values.shape[-1]),
+            grad_norm=self.grad_norm.reshape(len(self.values) // parts, -1),
             loss=None if self.loss is None else self.loss.unflatten(0, (-1, parts)).sum(dim=1),
+            groups=(),
         )
 
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Self
 import torch
 from torch import Tensor
 
-from gradsift.engine.capture.accumulator import Accumulator
 from gradsift.engine.capture.features import Features
 from gradsift.engine.capture.frozen import eager, frozen, same_randomness
 from gradsift.engine.capture.layout import Layout
@@ -38,8 +37,8 @@ class Tap:
         scale: multiplies rows and norms, to undo the caller's mean, token count, accumulation or loss scaling.
 
     Attributes:
-        values: float32, shape (n, dim), after the block.
-        grad_norm: float32, shape (n,), after the block.
+        values: float32, shape (n, dim), or (n, groups, dim), after the block.
+        grad_norm: float32, shape (n,), or (n, groups), after the block.
         conservation: |sum of rows - S grad| over the root sum of squares of the rows; None where it was not checked.
 
     Raises:
@@ -54,7 +53,7 @@ class Tap:
         self._capture = capture
         self._scale = scale
         self._layout = layout
-        self._rows = Accumulator(capture.spec, layout, capture.backend)
+        self._rows = capture.accumulator(layout)
         self._replay = Replay(unwrap_parallel(capture.model))
         self._totals: dict[torch.device, Tensor] = {}
         self._stack = ExitStack()
@@ -88,7 +87,8 @@ class Tap:
     @property
     def features(self) -> Features:
         """The rows with their spec and table."""
-        return Features(self.values, None, self.grad_norm, self._capture.spec, self._capture.table)
+        groups = tuple(self._capture.group_names)
+        return Features(self.values, None, self.grad_norm, self._capture.spec, self._capture.table, groups=groups)
 
     def _watch_gradients(self, stack: ExitStack) -> None:
         """Sketch every captured parameter's gradient as it arrives, before hooks of DDP or an optimizer see it."""
@@ -116,7 +116,7 @@ class Tap:
             (t.cpu() for t in self._totals.values()),
             torch.zeros(1, self._capture.spec.dim, dtype=torch.float64),
         )
-        rows = values.detach().double().cpu()
+        rows = values.detach().double().cpu().view(len(values), -1, self._capture.spec.dim).sum(1)
         scale = max(float(rows.square().sum().sqrt()), float(total.norm()))
         self.conservation = float((rows.sum(0) - total[0]).norm()) / scale if scale else 0.0
         tolerance = _tolerance(self._capture)
