@@ -17,9 +17,11 @@ __version__ = "0.1.0"
 _HOMES = {
     "Capture": "gradsift.engine.capture.capture",
     "CaptureError": "gradsift.kernels.errors",
+    "Curvature": "gradsift.engine.curvature.curvature",
     "DataError": "gradsift.kernels.errors",
     "FeatureStore": "gradsift.engine.store.reader",
     "Features": "gradsift.engine.capture.features",
+    "FidelityCase": "gradsift.engine.fidelity.case",
     "GradsiftError": "gradsift.kernels.errors",
     "Rescorer": "gradsift.engine.answers.search",
     "ShapeError": "gradsift.kernels.errors",
@@ -27,9 +29,11 @@ _HOMES = {
     "SpecError": "gradsift.kernels.errors",
     "StoreError": "gradsift.kernels.errors",
     "check": "gradsift.engine.check.run",
+    "evaluate": "gradsift.engine.fidelity.evaluate",
     "extract": "gradsift.engine.extraction.extract",
     "gradient": "gradsift.engine.answers.gradient",
     "losses": "gradsift.engine",
+    "precondition": "gradsift.engine.curvature.precondition",
     "rescore": "gradsift.engine.answers.rescore",
     "select": "gradsift.engine.answers.select",
     "sketch_matrix": "gradsift.kernels.sketch",
@@ -40,9 +44,11 @@ _HOMES = {
 __all__ = [
     "Capture",
     "CaptureError",
+    "Curvature",
     "DataError",
     "FeatureStore",
     "Features",
+    "FidelityCase",
     "GradsiftError",
     "Rescorer",
     "ShapeError",
@@ -50,9 +56,11 @@ __all__ = [
     "SpecError",
     "StoreError",
     "check",
+    "evaluate",
     "extract",
     "gradient",
     "losses",
+    "precondition",
     "rescore",
     "select",
     "sketch_matrix",
@@ -68,8 +76,12 @@ if TYPE_CHECKING:
     from gradsift.engine.answers.select import select
     from gradsift.engine.capture.capture import Capture
     from gradsift.engine.capture.features import Features
+    from gradsift.engine.curvature.curvature import Curvature
+    from gradsift.engine.curvature.precondition import precondition
     from gradsift.engine.check.run import check
     from gradsift.engine.extraction.extract import extract
+    from gradsift.engine.fidelity.case import FidelityCase
+    from gradsift.engine.fidelity.evaluate import evaluate
     from gradsift.engine.store.reader import FeatureStore
     from gradsift.kernels.errors import (
         CaptureError,
