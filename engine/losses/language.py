@@ -18,15 +18,17 @@ from torch.nn import functional
 from gradsift.engine.losses.counter import counter_uniform
 from gradsift.engine.losses.inside import find_inside
 from gradsift.engine.losses.softmax import IGNORE, bend, cross_entropy, draw
-from gradsift.kernels.errors import DataError, ShapeError
+from gradsift.kernels.errors import DataError, ShapeError, SpecError
 
-__all__ = ["IGNORE", "LanguageModelLoss", "language_model"]
+__all__ = ["IGNORE", "LanguageModelLoss", "at_their_place", "language_model", "per_example", "predictions"]
 
 _NOT_FOR_THE_MODEL = frozenset({"ids", "segments", "labels"})
 
 
 class LanguageModelLoss:
     """Cross-entropy of the next token, summed over each example's counted labels.
+
+    Completion-only training is this loss with labels of -100 at the prompt.
 
     A batch holds ``input_ids`` of shape (n, T) and, if wanted, ``attention_mask``, ``labels`` (-100: no
     loss; without labels every attended token counts) and any other tensor that the model's forward takes.
@@ -39,14 +41,25 @@ class LanguageModelLoss:
     Memory: logits stay in the model's dtype; float32 copies are made 64 MiB at a time, forwards and
     backwards. Both derivative modes work, so the loss can be differentiated by ``backward`` and by
     ``torch.func.jvp``.
+
+    Args:
+        temperature: what logits are divided by first.
     """
 
-    kind = "language_model"
+    def __init__(self, temperature: float = 1.0) -> None:
+        if not temperature > 0:
+            raise SpecError(f"temperature is {temperature}, expected a positive number")
+        self.temperature = temperature
+
+    @property
+    def kind(self) -> str:
+        """``"language_model"``, with the temperature where there is one."""
+        return "language_model" if self.temperature == 1.0 else f"language_model at temperature {self.temperature:g}"
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         """Sum of the token losses of each example, float32 (float64 for a float64 model) of shape (n,)."""
-        logits, labels, segments = _predictions(model, batch)
-        return _per_example(cross_entropy(logits, labels), segments)
+        logits, labels, segments = predictions(model, batch, self.temperature)
+        return per_example(cross_entropy(logits, labels), segments)
 
     def token_losses(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         """Loss of each token at its own place, 0 where there is none.
@@ -56,16 +69,8 @@ class LanguageModelLoss:
             ``labels`` for encoder-decoders. A packed row comes back as its n documents, padded with zeros
             to the longest.
         """
-        logits, labels, segments = _predictions(model, batch)
-        losses = cross_entropy(logits, labels)
-        if not _is_encoder_decoder(model):
-            losses = functional.pad(losses[:, :-1], (1, 0))
-        if segments is None:
-            return losses
-        lengths = np.diff(segments).tolist()
-        longest = max(lengths, default=0)
-        parts = torch.split(losses[0], lengths)
-        return torch.stack([functional.pad(part, (0, longest - len(part))) for part in parts])
+        logits, labels, segments = predictions(model, batch, self.temperature)
+        return at_their_place(model, cross_entropy(logits, labels), segments)
 
     def loss_tokens(self, batch: Mapping[str, Any]) -> Tensor:
         """Labels that count, per example: int64 of shape (n,), on the CPU.
@@ -77,7 +82,7 @@ class LanguageModelLoss:
         labels = _labels(batch).cpu()
         aligned = any(k.startswith("decoder_") for k in batch) or labels.shape != batch["input_ids"].shape
         counted = (labels if aligned else _shift(labels, segments)) != IGNORE
-        return _per_example(counted.to(torch.int64), segments)
+        return per_example(counted.to(torch.int64), segments)
 
     def sampled(self, model: nn.Module, batch: Mapping[str, Any], seeds: Sequence[int]) -> Tensor:
         """Loss of labels drawn from the model's own softmax at the counted positions.
@@ -92,9 +97,9 @@ class LanguageModelLoss:
         Returns:
             shape (n,), differentiable through the loss and not through the draw.
         """
-        logits, labels, segments = _predictions(model, batch)
+        logits, labels, segments = predictions(model, batch, self.temperature)
         drawn = _draw(logits.detach(), labels, segments, seeds)
-        return _per_example(cross_entropy(logits, drawn), segments)
+        return per_example(cross_entropy(logits, drawn), segments)
 
     def sampled_batch(self, model: nn.Module, batch: Mapping[str, Any], seeds: Sequence[int]) -> dict[str, Any]:
         """The batch with the labels that ``sampled`` draws, to be kept: its plain loss is that of ``sampled``.
@@ -107,7 +112,7 @@ class LanguageModelLoss:
             old ones.
         """
         with torch.no_grad():
-            logits, labels, segments = _predictions(model, batch)
+            logits, labels, segments = predictions(model, batch, self.temperature)
         drawn = _draw(logits, labels, segments, seeds).cpu()
         if not _is_encoder_decoder(model):
             return {**batch, "labels": functional.pad(drawn[:, :-1], (1, 0), value=IGNORE)}
@@ -120,7 +125,7 @@ class LanguageModelLoss:
         Returns:
             logits (n, T, V); and ``hessian(t)`` for t of their shape: see ``softmax.bend``.
         """
-        logits, labels, _ = _predictions(model, batch)
+        logits, labels, _ = predictions(model, batch, self.temperature)
         return logits, lambda tangent: bend(logits, labels, tangent)
 
 
@@ -128,8 +133,15 @@ language_model = LanguageModelLoss()
 """The loss to pass as ``loss_fn`` for any causal or encoder-decoder language model."""
 
 
-def _predictions(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, np.ndarray | None]:
-    """Logits (n, T, V), and the label that each position predicts (n, T), -100 for none."""
+def predictions(
+    model: nn.Module, batch: Mapping[str, Any], temperature: float = 1.0
+) -> tuple[Tensor, Tensor, np.ndarray | None]:
+    """What a language model predicts of a batch.
+
+    Returns:
+        logits (n, T, V) over the temperature; the label that each position predicts (n, T), -100 for none; and the
+        offsets of a packed batch's documents.
+    """
     segments = _segments(batch)
     labels = _labels(batch)
     encoder_decoder = _is_encoder_decoder(model)
@@ -160,7 +172,22 @@ def _predictions(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Te
             f"the model gave logits of shape {tuple(logits.shape)} for labels of {tuple(target.shape)}: "
             "expected one row of logits per label"
         )
-    return logits, target, segments
+    return logits if temperature == 1.0 else logits / temperature, target, segments
+
+
+def at_their_place(model: nn.Module, losses: Tensor, segments: np.ndarray | None) -> Tensor:
+    """Losses (n, T) moved from the positions that predict to the tokens that are predicted.
+
+    A packed row comes back as its documents, padded with zeros to the longest.
+    """
+    if not _is_encoder_decoder(model):
+        losses = functional.pad(losses[:, :-1], (1, 0))
+    if segments is None:
+        return losses
+    lengths = np.diff(segments).tolist()
+    longest = max(lengths, default=0)
+    parts = torch.split(losses[0], lengths)
+    return torch.stack([functional.pad(part, (0, longest - len(part))) for part in parts])
 
 
 def _shifted_right(model: nn.Module, labels: Tensor) -> Tensor:
@@ -222,7 +249,8 @@ def _shift(labels: Tensor, segments: np.ndarray | None) -> Tensor:
     return shifted
 
 
-def _per_example(tokens: Tensor, segments: np.ndarray | None) -> Tensor:
+def per_example(tokens: Tensor, segments: np.ndarray | None) -> Tensor:
+    """Sums over each example's tokens, (n,)."""
     if segments is None:
         return tokens.sum(dim=1)
     return torch.stack([part.sum() for part in torch.split(tokens[0], np.diff(segments).tolist())])
