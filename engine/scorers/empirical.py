@@ -218,4 +218,4 @@ class DTrak(_Damped):
 
 def _doubt(loss: np.ndarray, kind: str) -> np.ndarray:
     """1 - p, from -log p or from the negative margin."""
-    return np.asarray(-np.expm1(-loss) if kind == "classification" else 1 / (1 + np.exp(-loss)))
+    return -np.expm1(-loss) if kind == "classification" else torch.from_numpy(loss).sigmoid().numpy()
