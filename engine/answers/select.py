@@ -5,19 +5,22 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-from torch import Tensor
 
-from gradsift.engine.answers.queries import AnyScorer, prepare
-from gradsift.engine.answers.scan import RowStore, scan
-from gradsift.engine.answers.search import MEMORY, SIGN, ids_of
-from gradsift.engine.capture.features import Features
-from gradsift.kernels.errors import DataError, ShapeError, SpecError
+from gradsift.engine.answers.given import Given, checked
+from gradsift.engine.answers.queries import AnyScorer
+from gradsift.engine.answers.scan import RowStore
+from gradsift.engine.answers.search import SIGN, ids_of
+from gradsift.engine.selectors.protocol import Choice, Selector, Targets, called
+from gradsift.engine.selectors.registry import selector_of
+from gradsift.engine.selectors.rows import empty_rows
+from gradsift.engine.selectors.tasks import Tasks
+from gradsift.kernels.errors import DataError, ShapeError, StoreError
 
 __all__ = ["Selection", "select", "write_jsonl"]
 
@@ -26,86 +29,126 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """The chosen rows, best first.
+    """The chosen rows, in the order in which the method takes them: best first, for most.
 
     Attributes:
         ids: object array (m,), the store's ids.
-        scores: float64 (m,), each row's mean or largest score over the targets.
+        scores: float64 (m,), what each row was chosen by; the method says what it is.
         rows: int64 (m,), row numbers in the store.
-        scorer: "fisher", "dot" or "cosine": the one that was used.
+        scorer: the name of the scorer that was used; None where the method needs none.
         dropped: int64, rows without any gradient (no token with loss), which were left out before choosing.
-        sign: what the sign of a score means.
+        sign: what the sign of a score means, where it comes from a scorer.
+        method: the selector's name.
+        reasons: why each row was chosen, m sentences; None where there is nothing to say.
+        weights: float64 (m,) of the rows (transport potentials of "tarot", the mixture that rebuilds the query of
+            "diverse"), or label -> share of tokens ("groups"); None where the method gives none.
+        facts: other numbers that the method finds, by name, such as the ratio of "tarot".
     """
 
     ids: np.ndarray
     scores: np.ndarray
     rows: np.ndarray
-    scorer: str
+    scorer: str | None
     dropped: np.ndarray
     sign: str = SIGN
+    method: str = "top"
+    reasons: list[str] | None = None
+    weights: np.ndarray | Mapping[Any, float] | None = None
+    facts: Mapping[str, float] = field(default_factory=dict)
 
 
 def select(
     store: RowStore,
-    targets: Features | Tensor,
-    budget: float | int,
-    method: Literal["top"] = "top",
+    targets: Given | None,
+    budget: float | int | None,
+    method: str | Selector = "top",
     *,
-    reduce: Literal["max", "mean"] = "max",
     scorer: AnyScorer = "fisher",
-    damping: float | None = None,
-    memory: int = MEMORY,
+    tasks: Sequence[Any] | None = None,
+    **options: Any,
 ) -> Selection:
-    """The rows of highest score against the targets.
+    """The rows that help the targets most, by one of several methods.
 
-    Scores are those of ``topk``, equal ones go to the lower row, and the choice does not depend on how the store is
-    cut into blocks.
+    Equal scores go to the lower row, and the choice does not depend on how the store is cut into blocks.
 
     Args:
-        targets: features of examples of what the model should do, q of them; or a tensor, as of ``topk``.
-        budget: a share of the store's rows below 1, rounded down; or a number of rows.
-        method: "top".
-        reduce: a row's score is its largest over the targets, so that each target can bring in rows of its own; or
-            the mean of its scores, the score against the mean of all targets.
-        scorer, damping, memory: as of ``topk``.
+        targets: features of examples of what the model should do, q of them; a store of them; or a tensor, as of
+            ``topk``. None for a method, or a scorer, that looks at the rows alone.
+        budget: a share of the store's rows below 1, rounded down; a number of rows; or None for a method that finds
+            how many by itself ("tarot" with rule="otm", and "order", which takes all).
+        method: a name of ``SELECTORS``, see `gradsift methods`; or a selector of your own, see ``Selector``.
+        scorer: as of ``topk``, for methods that use one.
+        tasks: which task each target belongs to, one label per target; without it each is a task of its own.
+        options: of the method, such as ``reduce="mean"`` of "top"; the class behind its name tells them.
 
     Raises:
-        DataError: the budget is less than one row or more than all.
-        SpecError, ShapeError, StoreError: as of ``topk``.
+        DataError: the budget is less than one row or more than all, or tasks or labels do not fit.
+        SpecError: there is no such method or option; or as of ``topk``.
+        ShapeError, StoreError: as of ``topk``; or the store lacks what the method needs.
     """
-    if method != "top" or reduce not in ("max", "mean"):
-        raise SpecError(f"method is {method!r} with reduce {reduce!r}, expected 'top' with 'max' or 'mean'")
-    count = _rows(budget, len(store))
-    prepared = prepare(store, targets, scorer, damping=damping)
-    directions = prepared.directions
-    assert directions is not None
-    if reduce == "mean":
-        directions = directions.mean(dim=0, keepdim=True)
-        if not bool(directions.any()):
-            raise ShapeError("the targets' gradients cancel out, so their mean ranks nothing: use reduce='max'")
-    empty = (prepared.norms == 0).reshape(len(store), -1).all(axis=1)
-    best = scan(
-        store,
-        directions,
-        count,
-        norms=prepared.norms,
-        weights=prepared.weights,
-        together=True,
-        skip=empty,
-        memory=memory,
-    )
-    dropped = np.flatnonzero(empty)
-    if len(dropped):
+    selector = selector_of(method, options)
+    name = called(selector)
+    if not len(store):
+        raise StoreError("the store holds no rows: extract something first")
+    count = None if budget is None else _rows(budget, len(store))
+    if targets is None and tasks is not None:
+        raise DataError("tasks are labels of targets but there are none: give both or neither")
+    if targets is not None and not getattr(selector, "needs_targets", True):
+        logger.warning("method %r looks at the rows alone: the targets change nothing", name)
+        targets = None
+    selector.prepare(store, None if targets is None else _targets(store, targets, tasks), scorer)
+    used = getattr(selector, "scorer", None)
+    if used is None and scorer != "fisher" and isinstance(method, str):
+        logger.warning("method %r uses no scorer: scorer=%r changes nothing", name, scorer)
+    empty = np.flatnonzero(empty_rows(store))
+    if len(empty):
         logger.warning(
             "%d rows have no gradient and were left out, such as row %d (id %r): nothing of theirs carries loss",
-            len(dropped),
-            dropped[0],
-            store.ids[int(dropped[0])],
+            len(empty),
+            empty[0],
+            store.ids[int(empty[0])],
         )
-    rows = best.rows[0]
-    if len(rows) < count:
-        logger.warning("the budget is %d rows but only %d have a gradient: all of them are chosen", count, len(rows))
-    return Selection(ids_of(store, rows), best.scores[0], rows, prepared.name, dropped)
+    if count is not None and len(store) - len(empty) < count:
+        left = len(store) - len(empty)
+        logger.warning("the budget is %d rows but only %d have a gradient: no more are chosen", count, left)
+    chosen = _checked(Choice(*selector.choose(count)), len(store), count, name)
+    return Selection(
+        ids_of(store, chosen.rows),
+        chosen.scores,
+        chosen.rows,
+        used,
+        np.setdiff1d(empty, chosen.rows),
+        method=name,
+        reasons=chosen.reasons,
+        weights=chosen.weights,
+        facts=chosen.facts or {},
+    )
+
+
+def _targets(store: RowStore, given: Given, tasks: Sequence[Any] | None) -> Targets:
+    """Targets compared with the store, each in its task."""
+    queries = checked(store, given)
+    empty = (queries.values.flatten(1) == 0).all(dim=1).nonzero()
+    if len(empty):
+        raise ShapeError(f"query {int(empty[0])} has a zero gradient, which ranks nothing: look at its loss")
+    return Targets(given, queries, Tasks.of(tasks, len(queries.values)))
+
+
+def _checked(choice: Choice, total: int, budget: int | None, name: str) -> Choice:
+    """What a selector returned, as arrays that fit the store."""
+    rows, scores = np.asarray(choice.rows), np.asarray(choice.scores, dtype=np.float64)
+    if rows.ndim != 1 or scores.shape != rows.shape or (rows.size and not np.issubdtype(rows.dtype, np.integer)):
+        raise ShapeError(
+            f"the selector {name!r} chose rows of shape {rows.shape} with scores of shape {scores.shape}, "
+            "expected (m,) whole numbers and (m,)"
+        )
+    if rows.size and not 0 <= rows.min() <= rows.max() < total:
+        raise ShapeError(f"the selector {name!r} chose rows {rows.min()} to {rows.max()} of a store of {total}")
+    if budget is not None and len(np.unique(rows)) > budget:
+        raise ShapeError(f"the selector {name!r} chose {len(np.unique(rows))} rows for a budget of {budget}")
+    if choice.reasons is not None and len(choice.reasons) != len(rows):
+        raise ShapeError(f"the selector {name!r} gave {len(choice.reasons)} reasons for {len(rows)} rows")
+    return choice._replace(rows=rows.astype(np.int64), scores=scores)
 
 
 def write_jsonl(path: str | os.PathLike[str], records: Iterable[Mapping[str, Any]]) -> int:

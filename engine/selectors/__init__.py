@@ -1,1 +1,1 @@
-"""Selectors: which rows are chosen, from their scores."""
+"""Selectors: how rows of a store are chosen."""

@@ -1,0 +1,39 @@
+"""Labels, such as the classes of rows or the tasks of targets: one each, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from gradsift.kernels.errors import DataError
+
+__all__ = ["labelled"]
+
+
+def labelled(
+    labels: Sequence[Any] | None, count: int, what: str, of: str = "row"
+) -> tuple[tuple[Any, ...], np.ndarray]:
+    """The distinct labels in order of appearance, and int64 (n,) which of them each row (or target) has.
+
+    Args:
+        labels: one each; None gives all the same.
+        count: n.
+        what: the option's name, for errors. of: what is labelled.
+
+    Raises:
+        DataError: there are more or fewer labels than rows, or one is empty.
+    """
+    if labels is None:
+        return (None,), np.zeros(count, dtype=np.int64)
+    given = [label.item() if isinstance(label, np.generic | Tensor) else label for label in labels]
+    if len(given) != count:
+        raise DataError(f"{what} has {len(given)} labels for {count} {of}s: give one per {of}, in their order")
+    for place, label in enumerate(given):
+        if label is None or label == "" or label != label:
+            raise DataError(f"{of} {place} has no label in {what}, it is {label!r}: give every {of} one")
+    names = tuple(dict.fromkeys(given))
+    number = {name: i for i, name in enumerate(names)}
+    return names, np.fromiter((number[label] for label in given), dtype=np.int64, count=count)
