@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AdamMoments": "gradsift.engine.checkpoints.moments",
     "Capture": "gradsift.engine.capture.capture",
+    "Checkpoint": "gradsift.engine.checkpoints.checkpoint",
     "CaptureError": "gradsift.kernels.errors",
     "Curvature": "gradsift.engine.curvature.curvature",
     "DataError": "gradsift.kernels.errors",
@@ -28,6 +30,7 @@ _HOMES = {
     "SketchSpec": "gradsift.kernels.spec",
     "SpecError": "gradsift.kernels.errors",
     "StoreError": "gradsift.kernels.errors",
+    "adam_moments": "gradsift.engine.checkpoints.adam",
     "check": "gradsift.engine.check.run",
     "evaluate": "gradsift.engine.fidelity.evaluate",
     "extract": "gradsift.engine.extraction.extract",
@@ -42,8 +45,10 @@ _HOMES = {
 }
 
 __all__ = [
+    "AdamMoments",
     "Capture",
     "CaptureError",
+    "Checkpoint",
     "Curvature",
     "DataError",
     "FeatureStore",
@@ -55,6 +60,7 @@ __all__ = [
     "SketchSpec",
     "SpecError",
     "StoreError",
+    "adam_moments",
     "check",
     "evaluate",
     "extract",
@@ -76,9 +82,12 @@ if TYPE_CHECKING:
     from gradsift.engine.answers.select import select
     from gradsift.engine.capture.capture import Capture
     from gradsift.engine.capture.features import Features
+    from gradsift.engine.check.run import check
+    from gradsift.engine.checkpoints.adam import adam_moments
+    from gradsift.engine.checkpoints.checkpoint import Checkpoint
+    from gradsift.engine.checkpoints.moments import AdamMoments
     from gradsift.engine.curvature.curvature import Curvature
     from gradsift.engine.curvature.precondition import precondition
-    from gradsift.engine.check.run import check
     from gradsift.engine.extraction.extract import extract
     from gradsift.engine.fidelity.case import FidelityCase
     from gradsift.engine.fidelity.evaluate import evaluate

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from importlib.metadata import version
 from itertools import chain
 from os import PathLike
@@ -17,6 +18,8 @@ from torch import nn
 from gradsift.engine.capture.capture import Capture, LossFunction
 from gradsift.engine.capture.frozen import evaluating
 from gradsift.engine.capture.maps import Modules
+from gradsift.engine.checkpoints.checkpoint import Checkpoint
+from gradsift.engine.checkpoints.snapshots import Snapshots
 from gradsift.engine.extraction.batches import Batch, as_batch, expected_rows, shuffles
 from gradsift.engine.extraction.curvature_plan import CurvaturePlan
 from gradsift.engine.extraction.fingerprints import adapter_fingerprint, loss_kind, model_fingerprint
@@ -58,6 +61,8 @@ def extract(
     allow_idle: Sequence[str] = (),
     batch_axis: int = 0,
     notes: Mapping[str, Any] | None = None,
+    checkpoints: Sequence[Checkpoint] | None = None,
+    groups: str | None = None,
 ) -> FeatureStore:
     """Write the sketched gradient of every example, then a curvature sample, to a store on disk.
 
@@ -88,12 +93,18 @@ def extract(
         batch_axis: see ``Capture``.
         notes: anything JSON can hold that a reader of the store should know, such as where the data lies; kept as
             ``store.metadata["notes"]`` and not compared when the extraction is resumed.
+        checkpoints: take every row at each of them, all through one sketch: rows are (n, checkpoints * K * groups,
+            dim), those of the first checkpoint first, and ``store.parts`` says which is which. Their weights are put
+            into the model for a while. ``store.loss`` is of the last checkpoint, ``store.checkpoint_loss`` of all. Rows
+            of the curvature sample are plain gradients also where examples' are of Adam's updates, with labels drawn
+            from the model as it is at each checkpoint. Costs as many passes as there are checkpoints.
+        groups: as of ``Capture``: one part for each captured parameter or map.
 
     Raises:
         StoreError: the path holds something else, was begun with other settings or other data (the text says which),
             or cannot be written.
         DataError: ids come twice, do not fit, or are missing under a shuffling loader; a loss or gradient is not
-            finite (the text names the example).
+            finite (the text names the example); a checkpoint does not fit the model.
         CaptureError: see ``Capture``.
     """
     root = Path(path)
@@ -106,21 +117,22 @@ def extract(
             f"the loader is a {type(loader).__name__}, which can be read only once: give a list or a DataLoader"
         )
     old = read_description(root)
-    with evaluating(model):
-        capture = Capture(model, spec or SketchSpec(), modules, backend=backend, allow_idle=allow_idle)
+    with evaluating(model), ExitStack() as stack:
+        capture = Capture(model, spec or SketchSpec(), modules, backend=backend, allow_idle=allow_idle, groups=groups)
+        snapshots = None
+        if checkpoints is not None:
+            snapshots = Snapshots(model, checkpoints, _captured(capture))
+            stack.enter_context(snapshots.mounted())
         batches = iter(loader)
         first = next(batches, None)
         if first is None:
             raise DataError("the loader gave no batch: there is nothing to extract")
         total = expected_rows(loader)
         sampling = curvature > 0 and hasattr(loss_fn, "sampled")
-        parts = parts_of(loss_fn)
+        parts = _parts(capture, loss_fn, snapshots)
         description = {
-            **_about(capture, loss_fn),
-            "parts": [
-                {"checkpoint": None, "group": None, "timestep": None, "dim": capture.spec.dim, "norm": "exact", **part}
-                for part in parts
-            ],
+            **_about(capture, loss_fn, snapshots),
+            "parts": parts,
             "block": block or (old or {}).get("block") or _block_rows(capture.spec.dim * len(parts), dtype, total),
             "dtype": dtype,
             "ids": id_kind(read_ids(as_batch(first))),
@@ -128,7 +140,7 @@ def extract(
             "notes": dict(notes or {}),
         }
         with StoreWriter(root, description) as writer, reporting(progress) as report:
-            job = Extraction(writer, capture, loss_fn, batch_axis, shuffles(loader))
+            job = Extraction(writer, capture, loss_fn, batch_axis, shuffles(loader), snapshots)
             plan = CurvaturePlan(curvature, capture.spec.seed) if sampling else None
             rows = job.examples(chain([first], batches), total, plan, report)
             drawn = job.labels(loader, plan.finish(), report) if plan is not None else None
@@ -142,9 +154,53 @@ def extract(
     return FeatureStore.open(root)
 
 
-def _about(capture: Capture, loss_fn: LossFunction) -> dict[str, Any]:
-    """The part of the description that model, capture and loss decide."""
-    captured = {name: p for found in capture.maps for name, p in found.parameters.items()}
+def _captured(capture: Capture) -> dict[str, nn.Parameter]:
+    return {name: p for found in capture.maps for name, p in found.parameters.items()}
+
+
+def _parts(capture: Capture, loss_fn: LossFunction, snapshots: Snapshots | None) -> list[dict[str, Any]]:
+    """What each part of a row is: checkpoints, within them parts of the loss, within them groups of parameters."""
+    pairs: list[tuple[str | None, float | None]] = [(None, None)]
+    if snapshots is not None:
+        pairs = list(zip(snapshots.names, snapshots.learning_rates, strict=True))
+    empty = {"timestep": None, "dim": capture.spec.dim, "norm": "exact"}
+    return [
+        {"checkpoint": name, "learning_rate": rate, "group": group, **empty, **part}
+        for name, rate in pairs
+        for part in parts_of(loss_fn)
+        for group in capture.group_names or [None]
+    ]
+
+
+def _fingerprints(capture: Capture) -> dict[str, str]:
+    """Of the model as it is now."""
+    captured = _captured(capture)
+    return {
+        "model": model_fingerprint(capture.model, list(captured.values())),
+        "adapter": adapter_fingerprint(captured),
+    }
+
+
+def _checkpoints(capture: Capture, snapshots: Snapshots) -> list[dict[str, Any]]:
+    """What each checkpoint was; the last stays loaded."""
+    found = []
+    for number, adam in enumerate(snapshots.adam):
+        snapshots.load(number)
+        found.append(
+            {
+                "name": snapshots.names[number],
+                "learning_rate": snapshots.learning_rates[number],
+                "fingerprints": _fingerprints(capture),
+                "adam": None if adam is None else adam.fingerprint,
+            }
+        )
+    return found
+
+
+def _about(capture: Capture, loss_fn: LossFunction, snapshots: Snapshots | None) -> dict[str, Any]:
+    """The part of the description that model, capture, loss and checkpoints decide."""
+    captured = _captured(capture)
+    checkpoints = None if snapshots is None else _checkpoints(capture, snapshots)
     device = next(iter(captured.values())).device.type
     versions = {"gradsift": version("gradsift"), "torch": torch.__version__, "device": device}
     return {
@@ -153,16 +209,14 @@ def _about(capture: Capture, loss_fn: LossFunction) -> dict[str, Any]:
         "rows": None,
         "spec": json.loads(capture.spec.to_json()),
         "table": [{"name": row.name, "shape": list(row.shape), "scale": row.scale} for row in capture.table],
-        "preconditioner": None,
+        "preconditioner": None if snapshots is None else snapshots.preconditioner,
+        "checkpoints": checkpoints,
         "loss": {
             "kind": loss_kind(loss_fn),
             "tokens": hasattr(loss_fn, "loss_tokens"),
             "settings": getattr(loss_fn, "settings", None),
         },
-        "fingerprints": {
-            "model": model_fingerprint(capture.model, list(captured.values())),
-            "adapter": adapter_fingerprint(captured),
-        },
+        "fingerprints": _fingerprints(capture),
         "sign": SIGN,
         "versions": versions,
     }

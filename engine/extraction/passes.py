@@ -9,10 +9,12 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from gradsift.engine.capture.capture import Capture, LossFunction
 from gradsift.engine.capture.features import Features
+from gradsift.engine.checkpoints.snapshots import Snapshots
 from gradsift.engine.extraction.batches import Batch, as_batch, tokens_in
 from gradsift.engine.extraction.curvature_plan import CurvaturePlan, Draws
 from gradsift.engine.extraction.fingerprints import batch_hash
@@ -23,7 +25,7 @@ from gradsift.engine.store.ids import Id, SeenIds, id_kind, read_ids, seed_of
 from gradsift.engine.store.writer import StoreWriter
 from gradsift.kernels.errors import DataError, StoreError
 
-__all__ = ["Extraction", "parts_of"]
+__all__ = ["Captured", "Extraction", "capture_parts", "parts_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +34,60 @@ def parts_of(loss_fn: LossFunction) -> Sequence[Mapping[str, Any]]:
     """What a loss says of the parts that it keeps apart; one part, of which nothing is to be said, when it does not."""
     parts: Sequence[Mapping[str, Any]] | None = getattr(loss_fn, "parts", None)
     return ({},) if parts is None else parts
+
+
+class Captured(NamedTuple):
+    """Rows of a batch as a store holds them.
+
+    Attributes:
+        features: values (n, parts, dim) and grad_norm (n, parts), parts of the first checkpoint first; losses are
+            those of the last checkpoint.
+        losses: (n, checkpoints), one column without checkpoints.
+    """
+
+    features: Features
+    losses: Tensor
+
+
+def capture_parts(
+    capture: Capture,
+    batch: Batch,
+    loss_fn: LossFunction,
+    together: int,
+    snapshots: Snapshots | None = None,
+    *,
+    batch_axis: int = 0,
+    adam: bool = True,
+) -> Captured:
+    """Rows of a batch, with all parts that capture, loss and checkpoints keep apart.
+
+    Args:
+        together: rows of the loss per example, ``len(parts_of(loss_fn))``.
+        snapshots: mounted; None for the model as it is.
+        adam: apply the moments of checkpoints that have some.
+    """
+    found: list[Features] = []
+    for number in range(1 if snapshots is None else len(snapshots)):
+        moments = None
+        if snapshots is not None:
+            snapshots.load(number)
+            moments = snapshots.adam[number] if adam else None
+        features = capture(batch, loss_fn, batch.get("segments"), batch_axis, moments).fold(together)
+        n, dim = len(features.values), features.values.shape[-1]
+        found.append(
+            replace(
+                features,
+                values=features.values.reshape(n, -1, dim),
+                grad_norm=features.grad_norm.reshape(n, -1),
+                groups=(),
+            )
+        )
+    losses = torch.stack([features.loss for features in found if features.loss is not None], dim=1)
+    if len(found) == 1:
+        return Captured(found[0], losses)
+    values = torch.cat([features.values for features in found], dim=1)
+    norms = torch.cat([features.grad_norm for features in found], dim=1)
+    return Captured(replace(found[-1], values=values, grad_norm=norms), losses)
 
 
 class _Stored(NamedTuple):
@@ -51,6 +107,7 @@ class Extraction:
         loss_fn: see ``extract``.
         batch_axis: see ``Capture``.
         shuffled: the loader gives another order each time, so its batches cannot be compared.
+        snapshots: checkpoints at which every row is taken, mounted; None for the model as it is.
     """
 
     store: StoreWriter
@@ -58,6 +115,7 @@ class Extraction:
     loss_fn: LossFunction
     batch_axis: int
     shuffled: bool
+    snapshots: Snapshots | None = None
 
     def examples(self, batches: Iterable[Any], total: int | None, plan: CurvaturePlan | None, report: Progress) -> int:
         """Write a row of every example that has none yet; returns the number of examples."""
@@ -131,18 +189,20 @@ class Extraction:
         return total
 
     def _write(self, writer: BlockWriter, batch: Batch, ids: list[Id] | None, first: int, digest: bytes) -> int:
-        features = self._capture(batch, self.loss_fn)
+        features, losses = self._capture(batch, self.loss_fn)
         n = len(features.values)
         names = self._names(ids, first, n)
         loss = _numbers(features.loss)
         rows: dict[str, Any] = {
-            **self._finite(features, names),
+            **self._finite(features, losses, names),
             "loss": loss,
             "grad_norm": _numbers(features.grad_norm),
             "ids": names,
             "batch_hash": np.broadcast_to(np.frombuffer(digest, np.uint8), (n, 16)),
             "batch_rows": np.full(n, n, dtype=np.int32),
         }
+        if self.snapshots is not None:
+            rows["checkpoint_loss"] = _numbers(losses)
         if self.store.description["loss"]["tokens"]:
             rows["loss_tokens"] = np.asarray(getattr(self.loss_fn, "loss_tokens")(batch))  # noqa: B009
             if rows["loss_tokens"].shape != (n,):
@@ -154,7 +214,7 @@ class Extraction:
 
     def _write_labels(self, writer: BlockWriter, batch: Batch, ids: list[Id], row: int, n: int, draw: int) -> None:
         seeds = [seed_of(self.capture.spec.seed, example, draw) for example in ids]
-        rows = self._finite(self._capture(batch, _Sampled(self.loss_fn, seeds)), ids)
+        rows = self._finite(*self._capture(batch, _Sampled(self.loss_fn, seeds), adam=False), ids)
         columns: dict[str, Any] = {
             **{f"curvature/{name}": values[:n] for name, values in rows.items()},
             "curvature/ids": ids[:n],
@@ -162,13 +222,10 @@ class Extraction:
         }
         writer.append(row, columns)
 
-    def _capture(self, batch: Batch, loss_fn: LossFunction) -> Features:
-        """Features of values (n, parts, dim) and norms (n, parts)."""
-        parts = len(parts_of(self.loss_fn))
-        features = self.capture(batch, loss_fn, batch.get("segments"), self.batch_axis).fold(parts)
-        n, dim = len(features.values), features.values.shape[-1]
-        return replace(
-            features, values=features.values.view(n, parts, dim), grad_norm=features.grad_norm.view(n, parts)
+    def _capture(self, batch: Batch, loss_fn: LossFunction, adam: bool = True) -> Captured:
+        together = len(parts_of(self.loss_fn))
+        return capture_parts(
+            self.capture, batch, loss_fn, together, self.snapshots, batch_axis=self.batch_axis, adam=adam
         )
 
     def _ids(self, batch: Batch) -> list[Id] | None:
@@ -190,12 +247,13 @@ class Extraction:
             raise DataError(f"a batch has {len(ids)} ids but the loss gave {n} examples: give one id for each")
         return ids
 
-    def _finite(self, features: Features, ids: list[Id]) -> dict[str, np.ndarray]:
-        values, loss = _numbers(features.values), _numbers(features.loss)
-        good = np.isfinite(values).all(axis=(1, 2)) & np.isfinite(loss)
+    def _finite(self, features: Features, losses: Tensor, ids: list[Id]) -> dict[str, np.ndarray]:
+        values, loss = _numbers(features.values), _numbers(losses)
+        good = np.isfinite(values).all(axis=(1, 2)) & np.isfinite(loss).all(axis=1)
         if not good.all():
             i = int(np.flatnonzero(~good)[0])
-            what = "a gradient that is not finite" if np.isfinite(loss[i]) else f"a loss of {loss[i]}"
+            bad = loss[i][~np.isfinite(loss[i])]
+            what = f"a loss of {bad[0]}" if len(bad) else "a gradient that is not finite"
             raise DataError(
                 f"example {ids[i]!r} has {what}: repair it or take it out of the data; "
                 "the blocks before it are safe and the same command goes on from there"

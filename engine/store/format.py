@@ -4,6 +4,7 @@ zarr.json                   group; attributes["gradsift"] is the description bel
 features   (n, parts, dim)  float32 or float16        scale (n, parts)   float32, with float16 only
 loss       (n,)  float32, summed over parts           grad_norm (n, parts)  float32
 loss_tokens (n,) int64, when the loss counts them     ids   (n,)  string, or int64
+checkpoint_loss (n, checkpoints)  float32, when rows were taken at several; loss is then that of the last
 batch_hash (n, 16) uint8    content hash of the batch that a row came in
 batch_rows (n,)  int32      rows of that batch
 blocks     (blocks, 3) uint64   rows and content hash of a committed block
@@ -53,6 +54,8 @@ def example_columns(description: Mapping[str, Any]) -> Group:
         Column("batch_hash", "uint8", block, (16,)),
         Column("batch_rows", "int32", block),
     ]
+    if description.get("checkpoints"):
+        columns.append(Column("checkpoint_loss", "float32", block, (len(description["checkpoints"]),)))
     if description["loss"]["tokens"]:
         columns.append(Column("loss_tokens", "int64", block))
     return Group(tuple(columns), ("ids", "batch_hash", "batch_rows"), Column("blocks", "uint64", 1, (3,)))
@@ -124,6 +127,12 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
     table = table_difference(table_from(new["table"]), table_from(old["table"]))
     if table is not None:
         return f"the captured parameters differ: {table}"
+    checkpoints = _checkpoints(old.get("checkpoints") or [], new.get("checkpoints") or [])
+    if checkpoints is not None:
+        return checkpoints
+    parts = _parts(old["parts"], new["parts"])
+    if parts is not None:
+        return parts
     for what, path in _COMPARED:
         before, after = _at(old, path), _at(new, path)
         if before != after:
@@ -136,12 +145,34 @@ _COMPARED = (
     ("loss_tokens", ("loss", "tokens")),
     ("the base model's fingerprint", ("fingerprints", "model")),
     ("the adapter's fingerprint", ("fingerprints", "adapter")),
-    ("what the parts are", ("parts",)),
+    ("what was applied to gradients", ("preconditioner",)),
     ("dtype", ("dtype",)),
     ("block", ("block",)),
     ("the ids' type", ("ids",)),
     ("the number of curvature rows", ("curvature", "requested")),
 )
+
+
+def _checkpoints(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> str | None:
+    """The first checkpoint that differs."""
+    if len(old) != len(new):
+        return _values("the number of checkpoints", len(old), len(new))
+    for before, after in zip(old, new, strict=True):
+        for key in (key for key in before if before[key] != after.get(key)):
+            what = "name" if key == "name" else f"{key.replace('_', ' ')} of checkpoint {before['name']!r}"
+            return _values(f"the {what}", before[key], after.get(key))
+    return None
+
+
+def _parts(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> str | None:
+    """The first part that differs; what is not known is the same as what is not said."""
+    if len(old) != len(new):
+        return _values("the number of parts", len(old), len(new))
+    for number, pair in enumerate(zip(old, new, strict=True)):
+        before, after = ({key: value for key, value in part.items() if value is not None} for part in pair)
+        if before != after:
+            return _values(f"part {number}", before, after)
+    return None
 
 
 def _values(what: str, before: object, after: object) -> str:

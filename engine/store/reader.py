@@ -215,8 +215,13 @@ class FeatureStore:
 
     @cached_property
     def loss(self) -> np.ndarray:
-        """Loss of each example, summed over its parts, float32 of shape (n,)."""
+        """Loss of each example, summed over the loss's parts, float32 of shape (n,); at the last checkpoint."""
         return self._read("loss")
+
+    @cached_property
+    def checkpoint_loss(self) -> np.ndarray | None:
+        """Loss of each example at every checkpoint, float32 of shape (n, checkpoints); None without checkpoints."""
+        return self._read("checkpoint_loss") if self.metadata.get("checkpoints") else None
 
     @cached_property
     def loss_tokens(self) -> np.ndarray | None:
@@ -225,7 +230,10 @@ class FeatureStore:
 
     @cached_property
     def grad_norm(self) -> np.ndarray:
-        """Exact norm of each gradient before sketching, float32 of shape (n,), or (n, parts); NaN where unknown."""
+        """Exact norm of each gradient before sketching, float32 of shape (n,), or (n, parts); NaN where unknown.
+
+        With Adam (``metadata["preconditioner"]``), the norm of the update.
+        """
         norms = self._read("grad_norm")
         return norms[:, 0] if norms.shape[1] == 1 else norms
 
