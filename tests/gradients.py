@@ -131,7 +131,7 @@ class World:
             "parts": parts,
             "spec": given.spec,
             "table": given.table,
-            "loss": given.loss.numpy()[rows],
+            "checkpoint_loss" if named else "loss": given.loss.numpy()[rows],
             "metadata": {"loss": {"kind": "classification"}, "preconditioner": None},
             **attributes,
         }

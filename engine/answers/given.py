@@ -12,7 +12,7 @@ from torch import Tensor
 from gradsift.engine.answers.scan import RowStore
 from gradsift.engine.capture.features import Features, table_difference
 from gradsift.engine.scorers.protocol import Queries
-from gradsift.engine.scorers.stores import name
+from gradsift.engine.scorers.stores import losses, name
 from gradsift.engine.store.reader import FeatureStore
 from gradsift.kernels.errors import ShapeError, SpecError, StoreError
 
@@ -123,22 +123,28 @@ def _features(store: RowStore, queries: FeatureStore) -> Features:
     if not len(queries):
         raise StoreError(f"{name(queries)} holds no rows: extract the queries first")
     _same_parts(store, queries)
-    mine: Mapping[str, Any] = getattr(store, "metadata", {}).get("fingerprints") or {}
-    other: Mapping[str, Any] = queries.metadata.get("fingerprints") or {}
-    for what in ("model", "adapter"):
-        if None not in (mine.get(what), other.get(what)) and mine[what] != other[what]:
-            raise SpecError(
-                f"{name(queries)} was extracted from another {what} than {name(store)}: extract the queries again with "
-                "the model and weights that the store was extracted from"
-            )
+    for mine, other in zip(_weights(getattr(store, "metadata", {})), _weights(queries.metadata), strict=False):
+        for what in ("model", "adapter"):
+            if None not in (mine.get(what), other.get(what)) and mine[what] != other[what]:
+                raise SpecError(
+                    f"{name(queries)} was extracted from another {what} than {name(store)}: extract the queries again "
+                    "with the weights that the store was extracted from"
+                )
+    loss = losses(queries)
     return Features(
         torch.from_numpy(queries.features[:]),
-        torch.from_numpy(queries.loss),
+        None if loss is None else torch.from_numpy(loss if loss.shape[1] > 1 else loss[:, 0]),
         torch.from_numpy(queries.grad_norm),
         queries.spec,
         queries.table,
         queries.metadata["loss"]["kind"],
     )
+
+
+def _weights(metadata: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Fingerprints of the model at each checkpoint."""
+    checkpoints = metadata.get("checkpoints") or [metadata]
+    return [checkpoint.get("fingerprints") or {} for checkpoint in checkpoints]
 
 
 def _same_parts(store: RowStore, queries: FeatureStore) -> None:

@@ -15,7 +15,7 @@ from gradsift.engine.answers.scan import RowStore
 from gradsift.engine.methods import Method
 from gradsift.engine.scorers.parts import Parts, parts_of
 from gradsift.engine.scorers.protocol import LinearScorer, Queries
-from gradsift.engine.scorers.stores import blocks_of, name
+from gradsift.engine.scorers.stores import blocks_of, losses, name
 from gradsift.kernels.errors import ShapeError, SpecError, StoreError
 
 __all__ = ["DTrak", "Trak"]
@@ -161,11 +161,11 @@ class Trak(_Damped):
         self._kind = getattr(store, "metadata", {}).get("loss", {}).get("kind")
         if self._kind not in ("classification", "margin"):
             return _Outputs()
-        loss = np.asarray(getattr(store, "loss", np.zeros(0)), dtype=np.float64).reshape(len(store), -1)
-        if loss.shape[1] != self._parts.checkpoints:
+        loss = losses(store)
+        if loss is None or loss.shape[1] != self._parts.checkpoints:
             raise StoreError(
-                f"{name(store)} holds {loss.shape[1]} losses per example but 'trak' needs that of each of its "
-                f"{self._parts.checkpoints} checkpoints: extract it again"
+                f"{name(store)} holds {0 if loss is None else loss.shape[1]} losses per example but 'trak' needs that "
+                f"of each of its {self._parts.checkpoints} checkpoints: extract it again"
             )
         if self._kind == "margin":
             return _Outputs(None, _doubt(loss, self._kind).mean(axis=1))

@@ -11,7 +11,7 @@ from torch import Tensor
 from gradsift.engine.answers.scan import RowStore
 from gradsift.kernels.errors import StoreError
 
-__all__ = ["blocks_of", "empty_blocks", "inverse", "known_norms", "name"]
+__all__ = ["blocks_of", "empty_blocks", "inverse", "known_norms", "losses", "name"]
 
 _ROWS_AT_ONCE = 1 << 16
 
@@ -59,6 +59,15 @@ def known_norms(store: RowStore, why: str) -> np.ndarray:
         row = int(unknown.argmax())
         raise StoreError(f"row {row} (id {store.ids[row]!r}) has no exact norm, which {why}")
     return norms
+
+
+def losses(store: RowStore) -> np.ndarray | None:
+    """Losses at each checkpoint, float64 (n, checkpoints); None when a store has none."""
+    for column in ("checkpoint_loss", "loss"):
+        found = getattr(store, column, None)
+        if found is not None:
+            return np.asarray(found, dtype=np.float64).reshape(len(store), -1)
+    return None
 
 
 def inverse(norms: np.ndarray) -> np.ndarray:
