@@ -26,7 +26,6 @@ from gradsift.kernels.errors import DataError, GradsiftError
 
 if TYPE_CHECKING:
     from gradsift.bindings.workspace import Workspace
-    from gradsift.engine.answers.select import Selection
 
 __all__ = ["app", "main"]
 
@@ -38,6 +37,14 @@ _ELSEWHERE = {
     "demo": (
         "gradsift.bindings.demo.command",
         "Watch gradsift find planted training examples, from nothing, on this machine.",
+    ),
+    "eval": (
+        "gradsift.bindings.eval.command",
+        "Train again on parts of the data, and see which method had predicted it.",
+    ),
+    "methods": (
+        "gradsift.bindings.methods",
+        "The scorers, selectors and corrections that exist, what each needs and costs.",
     ),
 }
 """Commands whose module is imported when they are called; each has a typer app named `app`."""
@@ -102,7 +109,7 @@ class _Commands(TyperGroup):
     """Own commands first, in the order in which they are used."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        return ["demo", "check", *super().list_commands(ctx)]
+        return ["demo", "check", *super().list_commands(ctx), "eval", "methods"]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name in _ELSEWHERE:
@@ -131,13 +138,6 @@ class Scorer(StrEnum):
     fisher = "fisher"
     dot = "dot"
     cosine = "cosine"
-
-
-class Reduce(StrEnum):
-    """How scores against several targets become one."""
-
-    max = "max"
-    mean = "mean"
 
 
 class Precision(StrEnum):
@@ -170,6 +170,35 @@ StoreDtype = Annotated[StorePrecision, typer.Option(help="Of the store: float16 
 HowScored = Annotated[Scorer, typer.Option(help="fisher corrects for curvature; dot and cosine are plain.")]
 ExactRows = Annotated[
     int, typer.Option(min=1, help="Curvature rows behind --exact fisher answers, at most: fewer are faster.")
+]
+Budget = Annotated[
+    str | None,
+    typer.Option(
+        help="How much to choose: 5%, or a number of examples.  \\[default: 5%, or what the method finds]",
+        show_default=False,
+    ),
+]
+SelectBy = Annotated[str, typer.Option(help="top, tarot, bids, groups, diverse, order, vog or lobass.")]
+SelectScorer = Annotated[str, typer.Option(help="As of query, or another of `gradsift methods`.")]
+HowReduced = Annotated[
+    str | None,
+    typer.Option(
+        help="Of top: max lets each task bring in examples of its own; mean wants what helps all; rank fuses their "
+        "ranks.  \\[default: max]",
+        show_default=False,
+    ),
+]
+Rule = Annotated[
+    str | None,
+    typer.Option(
+        help="Of bids: balance or gain. Of groups: mixture or bandit. Of tarot: fixed_size, or otm, which finds how "
+        "much to choose.",
+        show_default=False,
+    ),
+]
+Reference = Annotated[
+    Path | None,
+    typer.Option(help="Of lobass: a store of the same data under a model tuned on it.", show_default=False),
 ]
 Seconds = Annotated[float, typer.Option(help="About how long the rankings may take.")]
 OtherData = Annotated[str | None, typer.Option("--train", help="Where the training data is now, if it moved.")]
@@ -349,16 +378,28 @@ def query(
 @app.command(cls=OfKind)
 def select(
     store: Store,
-    targets: Annotated[
-        str,
-        typer.Option(help="Examples of what the model should do, in the columns of training data.", show_default=False),
-    ],
     out: Annotated[Path, typer.Option(help="JSONL file to write.", show_default=False)],
-    budget: Annotated[str, typer.Option(help="How much to choose: 5%, or a number of examples.")] = "5%",
-    reduce: Annotated[
-        Reduce, typer.Option(help="max lets each target bring in examples of its own; mean wants what helps all.")
-    ] = Reduce.max,
-    scorer: Annotated[Scorer, typer.Option(help="As of query.")] = Scorer.fisher,
+    targets: Annotated[
+        str | None,
+        typer.Option(help="Examples of what the model should do, in the columns of training data.", show_default=False),
+    ] = None,
+    budget: Budget = None,
+    method: SelectBy = "top",
+    scorer: SelectScorer = "fisher",
+    tasks: Annotated[
+        str | None, typer.Option(help="Column of the targets that names the task of each.", show_default=False)
+    ] = None,
+    reduce: HowReduced = None,
+    rule: Rule = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(
+            help="Column of the training data: domains, for groups, or classes, for vog. For groups also a number "
+            "of clusters.",
+            show_default=False,
+        ),
+    ] = None,
+    reference: Reference = None,
     model: OtherModel = None,
     adapter: OtherAdapter = None,
     train: OtherData = None,
@@ -369,15 +410,23 @@ def select(
 
     [bold]gradsift select train.zarr --targets validation.jsonl --budget 5% --out chosen.jsonl[/bold]
 
-    Each line is the original record with its id and score, best first.
+    [dim]a few shots of several tasks: each may bring in examples of its own, or all get their share[/dim]
+    [bold]gradsift select train.zarr --targets shots.jsonl --tasks task --scorer cosine --out chosen.jsonl[/bold]
+    [bold]gradsift select train.zarr --targets shots.jsonl --tasks task --method bids --out chosen.jsonl[/bold]
+
+    [dim]in which shares to mix the domains of the data[/dim]
+    [bold]gradsift select train.zarr --targets shots.jsonl --method groups --labels domain --out mix.jsonl[/bold]
+
+    Each line is the original record with its id, score and reason, best first. `gradsift methods` tells what there is.
     """
-    from gradsift.bindings.selection import parse_budget, write_selection
+    from gradsift.bindings.selection import Choosing, report, write_selection
     from gradsift.engine.store.reader import FeatureStore
 
-    count = parse_budget(budget, len(FeatureStore.open(store)))
+    choosing = Choosing(method, scorer, budget, tasks, labels, reference, rule, reduce)
+    choosing.before_reading(len(FeatureStore.open(store)), targets is not None)
     space = _workspace(store, model, adapter, train, device)
-    chosen = write_selection(space, space.questions(targets), count, scorer.value, reduce.value, out)
-    print_selection(chosen, out, len(space.store), as_json)
+    asked = None if targets is None else space.questions(targets)
+    report(write_selection(space, asked, choosing, out), out, len(space.store), as_json)
 
 
 @app.command()
@@ -443,18 +492,6 @@ class _Notes(logging.Handler):
 def layers(modules: list[str] | None) -> str | list[str]:
     """What --modules, given so often, selects."""
     return "lora" if modules is None or modules == ["lora"] else modules
-
-
-def print_selection(chosen: Selection, out: Path, total: int, as_json: bool) -> None:
-    """What was chosen, of how many."""
-    best, last = float(chosen.scores[0]), float(chosen.scores[-1])
-    if as_json:
-        print(json.dumps({"out": str(out), "chosen": len(chosen.rows), "of": total, "best": best, "last": last}))
-    else:
-        Console().print(
-            f"[green]done[/green]  {escape(str(out))}: {len(chosen.rows):,} of {total:,} examples, "
-            f"scores {best:+.4g} to {last:+.4g}"
-        )
 
 
 @contextmanager

@@ -155,7 +155,8 @@ def test_select_writes_records_ready_to_train_on(site: Site, store: str, cli: Cl
     assert json.loads(done.out)["chosen"] == len(lines) == 4
     originals = {record["id"]: record for record in records(40)}
     for line in lines:
-        assert {k: v for k, v in line.items() if k != "score"} == originals[line["id"]]
+        assert {k: v for k, v in line.items() if k not in ("score", "reason")} == originals[line["id"]]
+        assert line["reason"].startswith("most for target ")
     scores = [line["score"] for line in lines]
     assert scores == sorted(scores, reverse=True)
 

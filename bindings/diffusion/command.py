@@ -14,22 +14,26 @@ from rich.markup import escape
 
 from gradsift.bindings.cli import (
     AsJson,
+    Budget,
     CurvatureRows,
     Device,
     ExactRows,
+    HowReduced,
     HowScored,
     Kind,
     ModelKind,
     OtherData,
     OtherModel,
     Precision,
-    Reduce,
+    Reference,
+    Rule,
     Scorer,
+    SelectBy,
+    SelectScorer,
     Store,
     StoreDtype,
     StorePrecision,
     layers,
-    print_selection,
 )
 from gradsift.kernels.errors import DataError
 
@@ -274,19 +278,24 @@ def _query(
 @select.command(name="select", context_settings=_HELP)
 def _select(
     store: Store,
+    out: Annotated[Path, typer.Option(help="JSONL file to write.", show_default=False)],
     targets: Annotated[
-        Path,
+        Path | None,
         typer.Option(
             help="Images as the model should draw them: a folder, or a file as for extract.", show_default=False
         ),
-    ],
-    out: Annotated[Path, typer.Option(help="JSONL file to write.", show_default=False)],
+    ] = None,
     prompt: Annotated[str | None, typer.Option(help="Caption of the targets that have none.")] = None,
-    budget: Annotated[str, typer.Option(help="How much to choose: 5%, or a number of images.")] = "5%",
-    reduce: Annotated[
-        Reduce, typer.Option(help="max lets each target bring in images of its own; mean wants what helps all.")
-    ] = Reduce.max,
-    scorer: Annotated[Scorer, typer.Option(help="As of query.")] = Scorer.fisher,
+    budget: Budget = None,
+    method: SelectBy = "top",
+    scorer: SelectScorer = "fisher",
+    reduce: HowReduced = None,
+    rule: Rule = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(help="Of groups: a number of clusters, or a column of the images' records.", show_default=False),
+    ] = None,
+    reference: Reference = None,
     kind: ModelKind = Kind.diffusion,
     model: OtherModel = None,
     lora: OtherLora = None,
@@ -298,13 +307,14 @@ def _select(
 
     [bold]gradsift select train.zarr --targets ./wanted --budget 5% --out chosen.jsonl[/bold]
     """
-    from gradsift.bindings.selection import parse_budget, write_selection
+    from gradsift.bindings.selection import Choosing, report, write_selection
     from gradsift.engine.store.reader import FeatureStore
 
-    count = parse_budget(budget, len(FeatureStore.open(store)))
+    choosing = Choosing(method, scorer, budget, None, labels, reference, rule, reduce)
+    choosing.before_reading(len(FeatureStore.open(store)), targets is not None)
     space = _workspace(store, model, lora, train, device)
-    chosen = write_selection(space, space.style(targets, prompt), count, scorer.value, reduce.value, out)
-    print_selection(chosen, out, len(space.store), as_json)
+    asked = None if targets is None else space.style(targets, prompt)
+    report(write_selection(space, asked, choosing, out), out, len(space.store), as_json)
 
 
 def _workspace(store: Path, model: str | None, lora: str | None, train: str | None, device: str | None) -> Workspace:

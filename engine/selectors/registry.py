@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from gradsift.engine.selectors.bids import Bids
@@ -17,12 +17,32 @@ from gradsift.engine.selectors.top import Top
 from gradsift.engine.selectors.vog import VoG
 from gradsift.kernels.errors import SpecError
 
-__all__ = ["SELECTORS", "selector_of"]
+__all__ = ["SELECTORS", "check_options", "options_of", "selector_of"]
 
 _CLASSES: tuple[Any, ...] = (Top, Tarot, Bids, Groups, Diverse, Order, VoG, LoBaSS)
 
 SELECTORS: dict[str, type] = {cls.about.name: cls for cls in _CLASSES}
 """Built-in selectors by the names that ``select`` takes; each has ``about``, and options as its class takes them."""
+
+
+def check_options(method: str, options: Iterable[str]) -> type:
+    """The class behind a name, if it has these options.
+
+    Raises:
+        SpecError: there is none of this name, or it has no such option.
+    """
+    if method not in SELECTORS:
+        raise SpecError(f"method is {method!r}, expected {', '.join(map(repr, SELECTORS))}, or a selector of your own")
+    known = options_of(method)
+    unknown = next((option for option in options if option not in known), None)
+    if unknown is not None:
+        raise SpecError(f"method {method!r} has no option {unknown!r}: its options are {', '.join(known)}")
+    return SELECTORS[method]
+
+
+def options_of(method: str) -> list[str]:
+    """Names of a built-in selector's options."""
+    return list(inspect.signature(SELECTORS[method]).parameters)
 
 
 def selector_of(method: str | Selector, options: Mapping[str, Any]) -> Selector:
@@ -32,16 +52,7 @@ def selector_of(method: str | Selector, options: Mapping[str, Any]) -> Selector:
         SpecError: there is none of this name, it has no such option, or it is no selector.
     """
     if isinstance(method, str):
-        if method not in SELECTORS:
-            raise SpecError(
-                f"method is {method!r}, expected {', '.join(map(repr, SELECTORS))}, or a selector of your own"
-            )
-        made = SELECTORS[method]
-        known = list(inspect.signature(made).parameters)
-        unknown = next((option for option in options if option not in known), None)
-        if unknown is not None:
-            raise SpecError(f"method {method!r} has no option {unknown!r}: its options are {', '.join(known)}")
-        built: Selector = made(**options)
+        built: Selector = check_options(method, options)(**options)
         return built
     if isinstance(method, type) or not all(callable(getattr(method, name, None)) for name in ("prepare", "choose")):
         raise SpecError(
