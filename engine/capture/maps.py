@@ -180,6 +180,8 @@ class LoraMap(Map):
         is_convolution = isinstance(pair[0], nn.Conv2d)
 
         def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self._stands_aside():
+                return
             self.check()
             inputs[:] = [args[0] if args else kwargs["x"]]
             uses.clear()
@@ -224,6 +226,8 @@ class LoraMap(Map):
         receive = watcher.receiver(self, complete)
 
         def fused(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if self._stands_aside():
+                return forward(x, *args, **kwargs)  # type: ignore[no-any-return]
             plain = not args and all(value is None for value in kwargs.values())
             if not plain or x.dtype != a.dtype or torch.is_autocast_enabled(x.device.type):
                 return forward(x, *args, **kwargs)  # type: ignore[no-any-return]
@@ -232,6 +236,10 @@ class LoraMap(Map):
             return y
 
         return fused
+
+    def _stands_aside(self) -> bool:
+        """Whether this is a pass of the reference model: adapters are off, and nothing could have a gradient."""
+        return not torch.is_grad_enabled() and bool(getattr(self.layer, "disable_adapters", False))
 
     def _drops(self) -> bool:
         dropout = self.layer.lora_dropout[self.adapter]
