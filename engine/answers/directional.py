@@ -34,6 +34,13 @@ class Losses(nn.Module):
         """(n, ...)."""
         return self.token_losses(self.model, batch)
 
+    def held(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The batch with what token losses hold fixed at the weights as they are: ``token_losses.hold``, if there is
+        one. A loss that is no sum over tokens shares its slope out among them, and moved weights would change it.
+        """
+        hold: Callable[..., Mapping[str, Any]] | None = getattr(self.token_losses, "hold", None)
+        return batch if hold is None else hold(self.model, batch)
+
 
 def central(call: Losses, batch: Mapping[str, Any], weights: Vector, direction: Vector, step: float) -> Tensor:
     """Half the difference between the losses at weights moved forth and back, over the step; float64.
@@ -42,6 +49,8 @@ def central(call: Losses, batch: Mapping[str, Any], weights: Vector, direction: 
         weights, direction: by the names that ``call`` knows its parameters by.
         step: of the weights, in lengths of the direction.
     """
+
+    batch = call.held(batch)
 
     def moved(sign: float) -> Tensor:
         at = {name: torch.add(w, direction[name], alpha=sign * step) for name, w in weights.items()}
