@@ -4,10 +4,12 @@ from gradsift.engine.losses.classification import ClassificationLoss, Margin, cl
 from gradsift.engine.losses.counter import counter_uniform
 from gradsift.engine.losses.diffusion import Diffusion
 from gradsift.engine.losses.language import LanguageModelLoss, language_model
+from gradsift.engine.losses.preference import DPO
 from gradsift.engine.losses.schedule import NoiseSchedule
 from gradsift.engine.losses.softmax import IGNORE
 
 __all__ = [
+    "DPO",
     "IGNORE",
     "ClassificationLoss",
     "Diffusion",
