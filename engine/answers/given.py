@@ -31,7 +31,7 @@ def checked(store: RowStore, given: Given) -> Queries:
         StoreError: the store of queries holds no rows.
     """
     adam = given.metadata.get("preconditioner") if isinstance(given, FeatureStore) else None
-    if adam or getattr(given, "preconditioner", None):
+    if adam or (isinstance(given, Features) and given.preconditioner):
         raise SpecError(
             "the queries are gradients after Adam, expected plain ones: capture them without adam, or extract them "
             "with checkpoints that have adam=None"
@@ -56,9 +56,8 @@ def checked(store: RowStore, given: Given) -> Queries:
                 f"features were drawn by {given.spec.to_json()} but {name(store)} by {spec.to_json()}: "
                 "capture them with the spec that built it (store.spec)"
             )
-        groups = len(getattr(given, "groups", ()))
-        if _same_loss(store, given) and values.ndim == (3 if groups else 2) and _one_checkpoint(store):
-            given = given.fold(parts // max(1, groups))
+        if _same_loss(store, given) and _as_captured(store, given):
+            given = given.fold(parts // max(1, len(given.groups)))
             values = given.values
     if values.shape[1:-1] != (() if parts == 1 else (parts,)):
         raise ShapeError(f"queries have shape {tuple(values.shape)}, expected {expected}: {_remedy(store, parts)}")
@@ -73,6 +72,12 @@ def checked(store: RowStore, given: Given) -> Queries:
         norms = torch.where(exact.isnan(), norms, exact)
         loss = None if given.loss is None else given.loss.detach().cpu().to(torch.float64)
     return Queries(values, norms, loss)
+
+
+def _as_captured(store: RowStore, given: Features) -> bool:
+    """Whether the queries are rows as capture gives them, one per example and part of the loss, to be folded."""
+    groups = {part.get("group") for part in getattr(store, "parts", ())} - {None}
+    return _one_checkpoint(store) and given.values.ndim == (3 if groups else 2) and len(given.groups) == len(groups)
 
 
 def _one_checkpoint(store: RowStore) -> bool:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import prod
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from gradsift.engine.answers.scan import RowStore
+from gradsift.engine.capture.features import TableRow
 from gradsift.engine.methods import Method
 from gradsift.engine.scorers.parts import Parts, parts_of
 from gradsift.engine.scorers.protocol import LinearScorer, Queries
 from gradsift.engine.scorers.stores import blocks_of, known_norms, name
 from gradsift.kernels.errors import SpecError, StoreError
 
-__all__ = ["DataInf"]
+__all__ = ["DataInf", "group_sizes"]
 
 
 class DataInf(LinearScorer):
@@ -87,12 +91,24 @@ class DataInf(LinearScorer):
                 f"{name(store)} holds joint rows of {len(table)} parameters but 'datainf' needs a row of each: "
                 "extract it with groups='parameter'"
             )
-        sizes = []
-        for group in self._parts.groups:
-            own = [row for row in table if group is None or row.name == group or row.name.startswith(f"{group}.")]
-            if not own:
-                raise StoreError(
-                    f"{name(store)} has a group {group!r} without parameters in its table: extract it again"
-                )
-            sizes.append(sum(int(np.prod(row.shape)) for row in own))
-        return np.array(sizes, dtype=np.float64)
+        try:
+            return group_sizes(table, self._parts.groups)
+        except KeyError as error:
+            raise StoreError(
+                f"{name(store)} has a group {error.args[0]!r} without parameters in its table: extract it again"
+            ) from None
+
+
+def group_sizes(table: Sequence[TableRow], groups: Sequence[str | None]) -> np.ndarray:
+    """Parameters of each group, float64: a parameter, all parameters of a map, or, for None, all.
+
+    Raises:
+        KeyError: a group has none.
+    """
+    sizes = []
+    for group in groups:
+        own = [row for row in table if group is None or row.name == group or row.name.startswith(f"{group}.")]
+        if not own:
+            raise KeyError(group)
+        sizes.append(sum(prod(row.shape) for row in own))
+    return np.array(sizes, dtype=np.float64)
