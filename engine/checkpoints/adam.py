@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,7 +54,8 @@ def adam_moments(source: Any, model: nn.Module, modules: Modules = "lora", form:
         if path.suffix == ".safetensors":
             moments = AdamMoments.load(path, form)
             _check(captured, moments.first, str(path))
-            return moments
+            first, second = ({name: found[name] for name in captured} for found in (moments.first, moments.second))
+            return replace(moments, first=first, second=second)
         found = _from_file(path, model, captured)
     elif isinstance(source, Mapping):
         found = _from_state(source, model, captured, [], "the optimizer's state_dict")
@@ -96,19 +98,18 @@ def _collected(captured: Mapping[str, nn.Parameter], found: Mapping[int, _Found]
     own = {name: found[id(p)] for name, p in captured.items() if id(p) in found}
     _check(captured, own, "the optimizer's state")
     first, second, steps = {}, {}, {}
-    options: dict[str, Any] = {}
+    options: list[tuple[float, float, float]] = []
     for name, (state, group) in own.items():
         _refuse_other(name, state, group, tuple(captured[name].shape))
         first[name], second[name] = (state[key].detach().float().clone() for key in ("exp_avg", "exp_avg_sq"))
         steps[name] = int(state.get("step", 0))
-        now = {"betas": tuple(float(b) for b in group["betas"]), "eps": float(group["eps"])}
-        if options and now != options:
+        options.append((*map(float, group["betas"]), float(group["eps"])))  # type: ignore[arg-type]
+        if options[-1] != options[0]:
             raise DataError(
-                f"{name} is in a group with {now} and the parameters before it in one with {options}: expected the "
-                "same betas and eps for all, which one row is made with"
+                f"{name} is in a group with betas and eps {options[-1]} and {next(iter(own))} in one with "
+                f"{options[0]}: expected the same for all, which one row is made with"
             )
-        options = now
-    return AdamMoments(first, second, steps, *options["betas"], options["eps"], form)
+    return AdamMoments(first, second, steps, *options[0], form)
 
 
 def _refuse_other(name: str, state: Mapping[str, Any], group: Mapping[str, Any], shape: tuple[int, ...]) -> None:

@@ -84,11 +84,19 @@ def _orders(
     for wanted in chosen:
         some: Named = [(name, p) for name, p in named if wanted(p)]
         yield [[p for _, p in some]]
-        for bare in (
-            lambda name, p: bool(_NO_DECAY.search(name.lower())) or id(p) in normed,
-            lambda name, p: "bias" in name or id(p) in normed,  # transformers before 4.50
-        ):
-            yield [[p for name, p in some if not bare(name, p)], [p for name, p in some if bare(name, p)]]
+        for bare in (_is_bare, _was_bare):
+            without = {id(p) for name, p in some if bare(name) or id(p) in normed}
+            yield [[p for _, p in some if id(p) not in without], [p for _, p in some if id(p) in without]]
+
+
+def _is_bare(name: str) -> bool:
+    """Whether the Trainer leaves a parameter of that name without weight decay."""
+    return bool(_NO_DECAY.search(name.lower()))
+
+
+def _was_bare(name: str) -> bool:
+    """The same before transformers 4.50."""
+    return "bias" in name
 
 
 def _of_norms(model: nn.Module) -> set[int]:

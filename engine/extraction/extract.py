@@ -163,12 +163,13 @@ def _parts(capture: Capture, loss_fn: LossFunction, snapshots: Snapshots | None)
     pairs: list[tuple[str | None, float | None]] = [(None, None)]
     if snapshots is not None:
         pairs = list(zip(snapshots.names, snapshots.learning_rates, strict=True))
+    groups: list[str | None] = [*capture.group_names] or [None]
     empty = {"timestep": None, "dim": capture.spec.dim, "norm": "exact"}
     return [
         {"checkpoint": name, "learning_rate": rate, "group": group, **empty, **part}
         for name, rate in pairs
         for part in parts_of(loss_fn)
-        for group in capture.group_names or [None]
+        for group in groups
     ]
 
 
