@@ -19,7 +19,6 @@ from trained_lm import train
 
 import gradsift as gs
 from gradsift.engine.curvature.fisher import Fisher
-from gradsift.engine.curvature.precondition import precondition
 from gradsift.engine.losses import language_model
 
 RECORDS, QUERIES, SAMPLE = (3000, 16, 300) if FULL else (120, 2, 20)
@@ -95,8 +94,8 @@ def test_recall(benchmark: Any, setup: Setup, scorer: Any, dim: int) -> None:
     store, truth = Sketched(setup, dim), setup.truth(scorer)
     vectors: list[Any] = setup.vectors
     if scorer == "fisher":
-        sketched = Fisher(store.curvature, examples=RECORDS)
-        vectors = [precondition(setup.model, v, setup.sample, language_model, sketched) for v in vectors]
+        curvature = gs.Curvature(setup.model, setup.sample, language_model, store.curvature, examples=RECORDS)
+        vectors = [gs.precondition(v, "fisher", curvature=curvature) for v in vectors]
     exact = gs.Rescorer(setup.model, setup.fetch, language_model.token_losses, vectors)
     figures = {"alone": recall(gs.topk(store, store.asked, K, scorer).rows, truth)}
     for shortlist in LISTS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,37 +12,46 @@ from stores import random_rows
 from torch import Tensor
 
 import gradsift as gs
+from gradsift.engine.curvature.corrected import Corrected
+from gradsift.engine.curvature.curvature import Curvature
 from gradsift.engine.curvature.fisher import Fisher
-from gradsift.engine.curvature.precondition import precondition
+from gradsift.engine.curvature.registry import CORRECTIONS
 from gradsift.engine.losses import language_model
+
+K = 1.0
 
 
 class Case:
-    """A tiny model, its exact and sketched curvature rows, a query, and the dense answer."""
+    """A tiny model, its exact curvature rows, a query, and the dense answer."""
 
     def __init__(self) -> None:
         self.model = with_lora(llama(initializer_range=0.1))
         whole = padded_batch(12)
-        generator = torch.Generator().manual_seed(3)
-        drawn = torch.randint(0, 97, whole["labels"].shape, generator=generator)
-        whole["labels"] = torch.where(whole["labels"] == -100, -100, drawn)
-        self.batches = [{key: value[i : i + 5] for key, value in whole.items()} for i in range(0, 12, 5)]
-        exact = gs.Capture(self.model, gs.SketchSpec(kind="identity"))
-        self.rows = self.captured(exact)
-        query = {"input_ids": torch.randint(0, 97, (1, 9), generator=generator)}
+        drawn = language_model.sampled_batch(self.model, whole, range(12))
+        self.batches = [{key: value[i : i + 5] for key, value in drawn.items()} for i in range(0, 12, 5)]
+        self.rows = self.captured(gs.SketchSpec(kind="identity"))
+        query = {"input_ids": torch.randint(0, 97, (1, 9), generator=torch.Generator().manual_seed(3))}
         self.v = gs.gradient(self.model, query, language_model)
-        self.fisher = Fisher(self.rows)
-        self.dense = self.fisher.solve(torch.cat([g.reshape(-1) for g in self.v.values()])[None])[0]
+        self.dense = Fisher(self.rows, K).solve(flat(self.v)[None])[0]
 
-    def captured(self, capture: gs.Capture) -> Tensor:
+    def captured(self, spec: gs.SketchSpec) -> Tensor:
+        capture = gs.Capture(self.model, spec)
         return torch.cat([capture(batch, language_model).values for batch in self.batches])
 
-    def solved(self, fisher: Fisher, **arguments: Any) -> Tensor:
-        out = precondition(self.model, self.v, self.batches, language_model, fisher, method="forward", **arguments)
-        return torch.cat([t.reshape(-1) for t in out.values()])
+    def curvature(self, rows: Tensor | None = None) -> Curvature:
+        return Curvature(self.model, self.batches, language_model, rows, derivatives="forward")
 
-    def error(self, got: Tensor) -> float:
-        return float((got - self.dense).norm() / self.dense.norm())
+    def error(self, got: dict[str, Tensor]) -> float:
+        return float((flat(got) - self.dense).norm() / self.dense.norm())
+
+
+def flat(v: dict[str, Tensor]) -> Tensor:
+    return torch.cat([t.reshape(-1).double() for t in v.values()])
+
+
+def same_lambda(rows: Tensor, like: Tensor) -> float:
+    """k that gives rows the lambda which K gives others."""
+    return K * Fisher(like, K).damping / Fisher(rows, K).damping
 
 
 @pytest.fixture(scope="module")
@@ -49,28 +59,141 @@ def case() -> Case:
     return Case()
 
 
-def with_damping(rows: Tensor, damping: float) -> Fisher:
-    fisher = Fisher(rows)
-    fisher.damping = damping
-    return fisher
-
-
 def test_the_exact_gram_matrix_needs_one_step(case: Case) -> None:
-    assert case.error(case.solved(case.fisher, steps=1)) <= 1e-4
+    found = gs.precondition(case.v, "fisher", curvature=case.curvature(case.rows), k=K, steps=1)
+    assert case.error(found) <= 1e-4
+    assert (found.method, found.k, found.steps) == ("fisher", K, 1)
+    assert found.damping == Fisher(case.rows, K).damping
+    assert found.residuals[0] == 1.0
+    assert found.residuals[1] <= 1e-4
 
 
 def test_a_sketch_converges_in_few_steps_and_any_preconditioner_to_the_same(case: Case) -> None:
-    sketched = case.captured(gs.Capture(case.model, gs.SketchSpec(dim=1024)))
-    useless = random_rows(12, 64)
+    sketched = case.captured(gs.SketchSpec(dim=1024))
     errors = {}
-    for name, rows in {"sketch": sketched, "useless": useless}.items():
-        fisher = with_damping(rows, case.fisher.damping)
-        errors[name] = [case.error(case.solved(fisher, steps=s)) for s in (3, 30)]
+    for name, rows in {"sketch": sketched, "useless": random_rows(12, 64)}.items():
+        curvature, k = case.curvature(rows), same_lambda(rows, case.rows)
+        errors[name] = [case.error(curvature.correct(case.v, "fisher", k=k, steps=s)) for s in (3, 30)]
     assert errors["sketch"][1] <= 1e-4
     assert errors["useless"][1] <= 1e-4
     assert errors["sketch"][0] < errors["useless"][0]
 
 
-def test_another_number_of_examples_is_refused(case: Case) -> None:
-    with pytest.raises(gs.ShapeError, match="hold 12 examples but the Fisher was fitted to 5 rows"):
-        case.solved(Fisher(random_rows(5)))
+@pytest.mark.parametrize("method", ["fisher", "ggn"])
+def test_a_stopped_solve_goes_on_to_the_same_bits(case: Case, method: str, tmp_path: Path) -> None:
+    curvature, kept = case.curvature(), tmp_path / "deep" / "state.npz"
+    whole = curvature.correct(case.v, method, k=K, steps=4)
+
+    class StoppedError(Exception):
+        pass
+
+    left = 13 if method == "fisher" else 9  # in the third step: each has a product, the first also fits or asks R v
+
+    def stop() -> None:
+        nonlocal left
+        left -= 1
+        if not left:
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        curvature.correct(case.v, method, k=K, steps=4, checkpoint=kept, progress=stop)
+    used: list[int] = []
+    again = curvature.correct(case.v, method, k=K, steps=4, checkpoint=kept, progress=lambda: used.append(1))
+    assert torch.equal(flat(again), flat(whole))
+    assert again.residuals == whole.residuals
+    curvature.correct(case.v, method, k=K, steps=4, progress=lambda: used.append(-1))
+    assert sum(used) < 0, "the second call began again"
+    assert torch.equal(flat(curvature.correct(case.v, method, k=K, steps=4, checkpoint=kept)), flat(whole))
+
+
+def test_a_state_of_another_problem_is_refused(case: Case, tmp_path: Path) -> None:
+    curvature, kept = case.curvature(), tmp_path / "state.npz"
+    curvature.correct(case.v, "fisher", k=K, steps=1, checkpoint=kept)
+    other = {name: 2 * t for name, t in case.v.items()}
+    with pytest.raises(gs.StoreError, match="state of another query"):
+        curvature.correct(other, "fisher", k=K, steps=1, checkpoint=kept)
+    with pytest.raises(gs.StoreError, match="damping"):
+        curvature.correct(case.v, "fisher", k=2 * K, steps=1, checkpoint=kept)
+    kept.write_bytes(kept.read_bytes()[:100])
+    with pytest.raises(gs.StoreError, match="delete it"):
+        curvature.correct(case.v, "fisher", k=K, steps=1, checkpoint=kept)
+
+
+def test_the_model_is_left_as_found_and_dropout_does_not_matter(case: Case) -> None:
+    model = with_lora(llama(initializer_range=0.1), lora_dropout=0.5).train()
+    curvature = Curvature(model, case.batches, language_model, case.rows, derivatives="forward")
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    for method in ("fisher", "ekfac", "ggn"):
+        found = curvature.correct(case.v, method, k=K, steps=1)
+        calm = case.curvature(case.rows).correct(case.v, method, k=K, steps=1)
+        torch.testing.assert_close(flat(found), flat(calm), rtol=1e-4, atol=1e-9)
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_cost_counts_the_batches_that_are_used(case: Case) -> None:
+    for method in CORRECTIONS:
+        curvature, used = case.curvature(case.rows), 0
+
+        def count() -> None:
+            nonlocal used
+            used += 1
+
+        cost = curvature.cost(method, steps=2, queries=2)
+        for v in (case.v, {name: -t for name, t in case.v.items()}):
+            curvature.correct(v, method, k=K, steps=2, progress=count)
+        assert used == cost.batches == 3 * cost.passes
+        assert (cost.seconds > 0) == (cost.passes > 0)
+
+
+def test_rescorer_corrects_its_vectors(case: Case) -> None:
+    rescorer = gs.Rescorer(
+        case.model,
+        lambda rows: [{key: value[list(rows)] for key, value in padded_batch(12).items()}],
+        language_model.token_losses,
+        [case.v],
+        curvature=case.curvature(),
+    )
+    assert rescorer.corrected("none") is rescorer
+    corrected = rescorer.corrected("ekfac", k=K)
+    (v,) = corrected.vectors
+    assert isinstance(v, Corrected)
+    assert v.method == "ekfac"
+    with pytest.raises(gs.SpecError, match="corrected by 'ekfac' already"):
+        corrected.corrected("fisher", k=K)
+    with pytest.raises(gs.SpecError, match="has no curvature"):
+        gs.Rescorer(case.model, rescorer.fetch, language_model.token_losses, [case.v]).corrected("fisher")
+
+
+@pytest.mark.parametrize(
+    ("change", "method", "error"),
+    [
+        ({}, "newton", "method is 'newton', expected 'none', 'fisher', 'ekfac', 'ggn'"),
+        ({"more": torch.ones(2)}, "fisher", "has more, which the curvature does not"),
+    ],
+)
+def test_unusable_requests_are_refused(case: Case, change: Any, method: str, error: str) -> None:
+    with pytest.raises(gs.SpecError, match=error):
+        gs.precondition({**case.v, **change}, method, curvature=case.curvature(case.rows), k=K)
+
+
+def test_a_zero_query_and_another_number_of_examples_are_refused(case: Case) -> None:
+    with pytest.raises(gs.ShapeError, match="length 0"):
+        case.curvature(case.rows).correct({name: 0 * t for name, t in case.v.items()}, k=K)
+    with pytest.raises(gs.ShapeError, match="hold 12 examples but there are 5 sketched rows"):
+        case.curvature(random_rows(5)).correct(case.v, "fisher", k=K)
+
+
+def test_a_loss_without_second_derivative_is_told_what_to_use(case: Case) -> None:
+    curvature = Curvature(case.model, case.batches, lambda m, b: language_model(m, b), case.rows)
+    with pytest.raises(gs.SpecError, match="use method='fisher'"):
+        curvature.correct(case.v, "ggn", k=K)
+
+
+def test_every_correction_says_what_it_is() -> None:
+    assert list(CORRECTIONS) == ["none", "fisher", "ekfac", "ggn"]
+    for name, correction in CORRECTIONS.items():
+        about = correction.about
+        assert about.name == name
+        assert all((about.formula, about.needs, about.cost, about.source, about.published))

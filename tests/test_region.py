@@ -20,7 +20,6 @@ import gradsift as gs
 from gradsift.engine.answers.rescore import Rescorer, rescore
 from gradsift.engine.capture.maps import parameters_of
 from gradsift.engine.curvature.fisher import Fisher
-from gradsift.engine.curvature.precondition import precondition
 from gradsift.engine.store.ids import seed_of
 
 Case = tuple[Any, Any, dict[str, Any]]
@@ -205,7 +204,8 @@ def test_the_exact_fisher_of_a_store_in_parts_is_that_of_the_summed_loss(stored:
     dense = rows @ rows.T / len(rows) + fisher.damping * torch.eye(len(rows), dtype=torch.float64)
     inner = torch.linalg.solve(dense, rows @ flat(v))
     expected = (flat(v) - rows.T @ inner / len(rows)) / fisher.damping
-    got = flat(precondition(stored.model, v, [sample], summed, fisher, steps=6, modules=MAPS))
+    sampled = gs.Curvature(stored.model, [sample], summed, stored.store.curvature, modules=MAPS, examples=9)
+    got = flat(sampled.correct(v, "fisher", k=1.0, steps=6))
     assert (got - expected).norm() <= 1e-3 * expected.norm()
 
 

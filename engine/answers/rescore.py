@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, cast
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, cast
 
 import numpy as np
 import torch
@@ -17,6 +17,9 @@ from gradsift.engine.answers.gradient import state_names
 from gradsift.engine.capture.frozen import evaluating
 from gradsift.engine.capture.maps import Modules, parameters_of
 from gradsift.kernels.errors import BackendError, ShapeError, SpecError
+
+if TYPE_CHECKING:
+    from gradsift.engine.curvature.curvature import Curvature
 
 __all__ = ["STEP", "Exact", "Method", "Rescorer", "pad_alike", "rescore"]
 
@@ -97,9 +100,10 @@ class Rescorer:
             divides each part by its own norms.
         vectors: one v per query, or one per query and part. For the scorers "dot" and "cosine" the query's
             ``gradient``; for "fisher" that gradient after ``precondition``, else the exact scores would undo the
-            curvature.
+            curvature: ``corrected`` does that.
         method, modules: as of ``rescore``; but "auto" tries a central difference with twice the step on a query's first
             batch, and goes over to "forward" when the two differ by more than errors of 1e-3 explain.
+        curvature: the sample that ``corrected`` needs.
     """
 
     model: nn.Module
@@ -108,6 +112,33 @@ class Rescorer:
     vectors: Sequence[Vector] | Sequence[Sequence[Vector]]
     method: Method = "auto"
     modules: Modules = "lora"
+    curvature: Curvature | None = None
+
+    def corrected(self, method: str, *, k: float | None = None, progress: Callable[[], None] | None = None) -> Self:
+        """The same with every query's vector after its curvature: what ``topk(..., method=)`` calls.
+
+        Args:
+            method, k, progress: as of ``precondition``.
+
+        Raises:
+            SpecError: there is no curvature to correct by.
+            ShapeError: vectors are kept per part: F is that of the summed loss.
+        """
+        if method == "none":
+            return self
+        if self.curvature is None:
+            raise SpecError(
+                f"method is {method!r} but the Rescorer has no curvature: give it Rescorer(..., "
+                "curvature=gs.Curvature.of(store, ...))"
+            )
+        whole = [v for v in self.vectors if isinstance(v, Mapping)]
+        if len(whole) != len(self.vectors):
+            raise ShapeError(
+                f"method is {method!r} but vectors are given per part: correct the gradient of the summed loss, one "
+                "vector per query"
+            )
+        vectors = [self.curvature.correct(v, method, k=k, progress=progress) for v in whole]
+        return replace(self, vectors=vectors)
 
     def __call__(self, query: int, rows: np.ndarray) -> Exact:
         """Exact scores of these rows for one query, in their order; tokens padded with 0 to the largest batch's."""

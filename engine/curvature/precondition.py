@@ -1,134 +1,54 @@
-"""The exact curvature-corrected vector of a query: conjugate gradients with the sketch as preconditioner."""
+"""The curvature-corrected vector of a query, by any of the corrections."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
-
-import torch
-from torch import Tensor, nn
+import os
+from collections.abc import Callable
 
 from gradsift.engine.answers.directional import Vector
-from gradsift.engine.answers.gradient import gradient
-from gradsift.engine.answers.rescore import Method, rescore
-from gradsift.engine.capture.capture import LossFunction
-from gradsift.engine.capture.maps import Modules
-from gradsift.engine.curvature.fisher import Fisher
-from gradsift.kernels.errors import ShapeError
+from gradsift.engine.curvature.corrected import Corrected
+from gradsift.engine.curvature.curvature import Curvature
 
 __all__ = ["precondition"]
 
-_CONVERGED = 1e-16
-"""Squared preconditioned residual, relative to the first, below which nothing but rounding is left."""
-
 
 def precondition(
-    model: nn.Module,
-    v: Vector,
-    batches: Iterable[Mapping[str, Any]],
-    loss_fn: LossFunction,
-    fisher: Fisher,
+    query: Vector,
+    method: str = "fisher",
     *,
-    steps: int = 5,
-    method: Method = "auto",
-    modules: Modules = "lora",
-) -> dict[str, Tensor]:
-    """``(F + lambda I)^-1 v`` for the unsketched Fisher ``F = R'R / N``, whose rows are never stored.
+    curvature: Curvature,
+    k: float | None = None,
+    steps: int | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    progress: Callable[[], None] | None = None,
+) -> Corrected:
+    """``(F + lambda I)^-1 query``: what exact scores are taken along, so that they are influences.
 
-    Solves ``(RR'/N + lambda I) c = R v`` for N coefficients; the answer is ``(v - R'c / N) / lambda``. A step costs one
-    weighted backward pass over the sample (``R'c``) and one directional derivative of each of its examples (``R u``).
-    The same matrix of the sketched rows preconditions it, so that few steps are enough: on a small language model with
-    1500 sampled rows, 3 and 5 steps gave .93 and .98 of the limit's top 10 at dim 1024, .975 and 1 at dim 4096. Nothing
-    cheaper did: ordering a Fisher short list by plain inner products found .59 of them (the sketch alone .67), exact
-    inner products with the sketched correction .45.
+    The rows of a store stay plain gradients, so any of these serves any store. ``lambda = k * trace(F) / n``, the law
+    of ``Fisher``: n are the examples behind F.
 
     Args:
-        v: a query's ``gradient``.
-        batches: re-iterable; the N examples of the curvature sample with the labels that were drawn for them, in the
-            order of the sketched rows. The labels must be fixed (``sampled_batch``): drawn anew from moved weights they
-            would jump.
-        loss_fn: the loss of these labels, ``loss_fn(model, batch) -> (n,)``: summed over its parts.
-        fisher: fitted to the sketched rows of the same examples; gives lambda too.
-        steps: of conjugate gradients, fewer when the residual is gone.
-        method: of the directional derivatives, as of ``rescore``.
-        modules: what v was taken over.
+        query: a query's ``gradient``.
+        method: "none"; "fisher", the exact damped Fisher of the sample's drawn labels, by conjugate gradients that the
+            sketch preconditions; "ekfac", a Kronecker factor per parameter; "ggn", the Gauss-Newton matrix by conjugate
+            gradients that EK-FAC preconditions.
+        curvature: the sample.
+        k: of the damping; ``curvature.k`` unless given, which ``curvature.choose_k`` sets by unseen examples.
+        steps: of conjugate gradients in all, fewer when the residual is gone; unless given 4 for "fisher", after which
+            scores rank as in the limit, and 6 for "ggn".
+        checkpoint: file that keeps the state after every step: the same call goes on where it was, to the same bits,
+            and one with more steps goes on from there.
+        progress: called after each batch; ``curvature.cost`` says how many there will be.
 
     Returns:
-        {canonical parameter name: tensor} for ``rescore``; float64.
+        {canonical parameter name: tensor} for ``rescore`` and ``Rescorer``, with ``method``, ``k``, ``damping``
+        (lambda), ``steps`` and ``residuals``.
 
     Raises:
-        ShapeError: batches hold another number of examples than the Fisher has rows.
-        SpecError, BackendError: as of ``rescore``.
-
-    Source: Hestenes & Stiefel 1952; the rows of a preconditioner do not change the limit.
+        SpecError: the method is unknown, the loss has no ``gauss_newton`` for "ggn", or the query's names or shapes
+            are not those of the curvature's parameters.
+        ShapeError: the query is zero or not finite, or the batches hold another number of examples than there are rows.
+        StoreError: the checkpoint or the EK-FAC factors on disk belong to something else.
+        BackendError: as of ``rescore``.
     """
-    rows = _Rows(model, batches, loss_fn, method, modules)
-    residual = rows.times(v)
-    n = len(fisher.rows)
-    if len(residual) != n:
-        raise ShapeError(
-            f"the batches hold {len(residual)} examples but the Fisher was fitted to {n} rows: give the same sample"
-        )
-    total = {name: torch.zeros_like(t, dtype=torch.float64) for name, t in v.items()}
-    better = fisher.solve_dual(residual)
-    first = product = float(residual @ better)
-    move = better
-    for _ in range(steps):
-        if product <= _CONVERGED * first:
-            break
-        combined = rows.combine(move)
-        image = rows.times(combined) / n + fisher.damping * move
-        length = product / float(move @ image)
-        for name, t in combined.items():
-            total[name] += length * t
-        residual = residual - length * image
-        better = fisher.solve_dual(residual)
-        previous, product = product, float(residual @ better)
-        move = better + product / previous * move
-    return {name: (v[name].to(torch.float64) - total[name] / n) / fisher.damping for name in v}
-
-
-class _Rows:
-    """The N x P matrix R of gradients, by its products only."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        batches: Iterable[Mapping[str, Any]],
-        loss_fn: LossFunction,
-        method: Method,
-        modules: Modules,
-    ):
-        self.model, self.batches, self.loss_fn = model, batches, loss_fn
-        self.method, self.modules = method, modules
-
-    def times(self, u: Vector) -> Tensor:
-        """``R u``, float64 (N,)."""
-
-        def one_column(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-            return self.loss_fn(model, batch)[:, None]
-
-        parts = [
-            rescore(self.model, batch, one_column, u, self.method, modules=self.modules).scores
-            for batch in self.batches
-        ]
-        return torch.cat(parts)
-
-    def combine(self, c: Tensor) -> dict[str, Tensor]:
-        """``R' c``, float64, by a backward pass of losses weighted with c."""
-        total: dict[str, Tensor] = {}
-        start = 0
-        for batch in self.batches:
-            taken = 0
-
-            def weighted(model: nn.Module, batch: Mapping[str, Any], start: int = start) -> Tensor:
-                nonlocal taken
-                loss = self.loss_fn(model, batch)
-                taken = len(loss)
-                return loss * c[start : start + taken].to(loss)
-
-            part = gradient(self.model, batch, weighted, self.modules)
-            start += taken
-            for name, g in part.items():
-                total[name] = total[name] + g.to(torch.float64) if name in total else g.to(torch.float64)
-        return total
+    return curvature.correct(query, method, k=k, steps=steps, checkpoint=checkpoint, progress=progress)
