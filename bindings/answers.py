@@ -10,15 +10,15 @@ import numpy as np
 from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
-from torch import Tensor
 
-from gradsift.bindings.curvature import CurvatureSample
+from gradsift.bindings.curvature import choose_damping, correct, curvature_of, how_exact, summary
 from gradsift.bindings.data import Dataset
-from gradsift.bindings.render import LEGEND, bar, coloured, number, table
+from gradsift.bindings.render import LEGEND, coloured, number, table
 from gradsift.bindings.workspace import Workspace
 from gradsift.engine.answers.gradient import gradient
 from gradsift.engine.answers.rescore import Rescorer
 from gradsift.engine.answers.search import SIGN, TopK, topk
+from gradsift.engine.curvature.corrected import Corrected
 from gradsift.engine.losses import IGNORE, language_model
 
 __all__ = ["Answer", "Asker"]
@@ -47,23 +47,39 @@ class Asker:
     """Asks one store about some queries, and shows the answers.
 
     Args:
-        space: the store with its model and data. questions: the queries. scorer: as of ``topk``. exact: let
-        exact gradients order a short list, along the curvature-corrected gradient of the query if the
-            scorer is "fisher"; otherwise they only say which tokens of the answers pull the query's loss.
-        sample: curvature rows behind exact answers of "fisher", at most; all of the store's unless given.
+        space: the store with its model and data.
+        questions: the queries.
+        scorer: as of ``topk``; it finds the short list.
+        method: let exact gradients order the short list, along the query's gradient after this correction; None: they
+            only say which tokens of the answers pull the query's loss.
+        sample: curvature rows behind exact answers, at most; all of the store's unless given.
+        damping: k of the correction; unseen: examples that were not trained on, which choose it.
     """
 
     def __init__(
-        self, space: Workspace, questions: Dataset, scorer: str, exact: bool, sample: int | None = None
+        self,
+        space: Workspace,
+        questions: Dataset,
+        scorer: str,
+        method: str | None = None,
+        sample: int | None = None,
+        damping: float | None = None,
+        unseen: Dataset | None = None,
     ) -> None:
-        self._space, self._questions, self._exact = space, questions, exact
+        self._space, self._questions, self._method = space, questions, method
         self._scorer = cast(Literal["fisher", "dot", "cosine"], scorer)
         self._features = space.capture(questions)
         modules = space.modules
         vectors = [gradient(space.model, questions.fetch([i]), language_model, modules) for i in range(len(questions))]
-        if exact and scorer == "fisher" and space.store.curvature is not None:
-            vectors = _corrected(CurvatureSample(space, sample), vectors)
-        self._rescorer = Rescorer(space.model, self._fetch, language_model.token_losses, vectors, modules=modules)
+        self._corrected: list[Corrected] = []
+        if method not in (None, "none"):
+            curvature = curvature_of(space, sample)
+            if unseen is not None:
+                choose_damping(curvature, space, unseen)
+            self._corrected = correct(curvature, space, vectors, method, damping)
+        self._rescorer = Rescorer(
+            space.model, self._fetch, language_model.token_losses, self._corrected or vectors, modules=modules
+        )
 
     def _fetch(self, rows: Sequence[int]) -> Iterator[Mapping[str, Any]]:
         for start in range(0, len(rows), _AT_ONCE):
@@ -77,7 +93,7 @@ class Asker:
             k,
             self._scorer,
             largest,
-            rescore=self._rescorer if self._exact else None,
+            rescore=self._rescorer if self._method else None,
         )
         if top.tokens is not None:
             return Answer(top, top.tokens)
@@ -97,7 +113,7 @@ class Asker:
                 console.print(self._table(console, answer, query, whole))
         console.print()
         console.print(LEGEND, highlight=False)
-        if not self._exact and answers[0].top.scorer == "fisher":
+        if not self._method and answers[0].top.scorer == "fisher":
             note = "colours are shares of the plain inner product, without the scores' curvature: --exact has it"
             console.print(note, style="dim", highlight=False)
 
@@ -117,7 +133,9 @@ class Asker:
         return {
             "store": str(self._space.store.path),
             "scorer": answers[0].top.scorer,
-            "exact": self._exact,
+            "exact": self._method is not None,
+            "method": self._method,
+            "curvature": [summary(v) for v in self._corrected],
             "sign": SIGN,
             "queries": queries,
         }
@@ -144,7 +162,7 @@ class Asker:
 
     def _headline(self, top: TopK) -> Text:
         store = self._space.store
-        how = "exact gradients of a short list" if self._exact else f"sketches of {store.spec.dim} numbers"
+        how = how_exact(self._method, self._corrected) or f"sketches of {store.spec.dim} numbers"
         return Text.assemble((str(store.path), "bold"), f"  {len(store):,} examples, {top.scorer}, {how}")
 
     def _loss(self, query: int) -> float:
@@ -178,9 +196,3 @@ class Asker:
             rows.append((place, number(found["score"]), f"{found['loss'] / tokens:.3f}", found["id"], text))
         title = "most influential" if answer.top.largest else "pushing the other way"
         return table(("", "score", "loss/token", "id", title), rows, wide=title)
-
-
-def _corrected(sample: CurvatureSample, vectors: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
-    """Each query's vector after the exact Fisher, with a bar on a terminal: this is the slow part of a query."""
-    with bar("exact curvature", sample.passes * len(vectors)) as advance:
-        return [sample.correct(v, advance) for v in vectors]

@@ -25,6 +25,7 @@ from gradsift.bindings.memory import keep_freed_memory
 from gradsift.kernels.errors import DataError, GradsiftError
 
 if TYPE_CHECKING:
+    from gradsift.bindings.space import Space
     from gradsift.bindings.workspace import Workspace
 
 __all__ = ["app", "main"]
@@ -140,6 +141,15 @@ class Scorer(StrEnum):
     cosine = "cosine"
 
 
+class Correction(StrEnum):
+    """What a query is multiplied by before rows are scored exactly."""
+
+    none = "none"
+    fisher = "fisher"
+    ekfac = "ekfac"
+    ggn = "ggn"
+
+
 class Precision(StrEnum):
     """Numbers of a model."""
 
@@ -199,6 +209,22 @@ Rule = Annotated[
 Reference = Annotated[
     Path | None,
     typer.Option(help="Of lobass: a store of the same data under a model tuned on it.", show_default=False),
+]
+Corrected = Annotated[
+    Correction | None,
+    typer.Option(
+        help="Score exactly, along the query after this curvature: none, fisher, ekfac or ggn.  "
+        "\\[with --exact: fisher or none, as the scorer]",
+        show_default=False,
+    ),
+]
+Damping = Annotated[
+    float | None,
+    typer.Option(min=1e-6, help="k of lambda = k * trace(F) / n: 1, or what --held-out says.", show_default=False),
+]
+HeldOut = Annotated[
+    str | None,
+    typer.Option(help="Data that was not trained on, as for extract: it chooses the damping.", show_default=False),
 ]
 Seconds = Annotated[float, typer.Option(help="About how long the rankings may take.")]
 OtherData = Annotated[str | None, typer.Option("--train", help="Where the training data is now, if it moved.")]
@@ -335,7 +361,10 @@ def query(
         bool, typer.Option("--exact", help="Order a short list by exact gradients; the sketch only finds it.")
     ] = False,
     scorer: HowScored = Scorer.fisher,
+    method: Corrected = None,
     sample: ExactRows = 256,
+    damping: Damping = None,
+    held_out: HeldOut = None,
     whole: Annotated[bool, typer.Option("--whole", help="Show long texts whole.")] = False,
     model: OtherModel = None,
     adapter: OtherAdapter = None,
@@ -351,6 +380,9 @@ def query(
     [dim]why would it say that? by exact gradients, the five strongest[/dim]
     [bold]gradsift query train.zarr --prompt "Capital of Nigeria?" --completion " Lagos" --exact -k 5[/bold]
 
+    [dim]along the query after an EK-FAC or Gauss-Newton curvature, damped as unseen data says[/dim]
+    [bold]gradsift query train.zarr --prompt "..." --method ekfac --held-out valid.jsonl[/bold]
+
     [dim]many questions at once, for a program[/dim]
     [bold]gradsift query train.zarr --data failures.jsonl --least --json > why.json[/bold]
 
@@ -365,7 +397,9 @@ def query(
         raise DataError("--completion is given without --prompt: give both, or --text")
     space = _workspace(store, model, adapter, train, device)
     questions = space.questions(data) if data is not None else space.question(text, prompt, completion)
-    asker = Asker(space, questions, scorer.value, exact, sample)
+    how = exact_method(method, exact, scorer, space)
+    unseen = None if held_out is None else space.questions(held_out)
+    asker = Asker(space, questions, scorer.value, how, sample, damping, unseen)
     answers = [asker.ask(k, largest=True)]
     if least:
         answers.append(asker.ask(k, largest=False))
@@ -487,6 +521,15 @@ class _Notes(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         console = Console(stderr=True, highlight=False, soft_wrap=True)
         console.print(f"[yellow]note[/yellow]   {escape(self.format(record))}")
+
+
+def exact_method(method: Correction | None, exact: bool, scorer: Scorer, space: Space) -> str | None:
+    """The correction that exact scores are taken along; None when there are none."""
+    if method is not None:
+        return method.value
+    if not exact:
+        return None
+    return "fisher" if scorer == Scorer.fisher and space.store.curvature is not None else "none"
 
 
 def layers(modules: list[str] | None) -> str | list[str]:

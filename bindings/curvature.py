@@ -1,30 +1,33 @@
-"""The exact, curvature-corrected vector of a query: the store's curvature sample, drawn once more from its seeds."""
+"""Queries after their curvature, as the command line does it: what it costs, how far it is, and what was found."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import hashlib
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-import numpy as np
+import torch
+from rich.console import Console
 from torch import Tensor
 
-from gradsift.bindings.space import Space
-from gradsift.engine.curvature.fisher import Fisher
-from gradsift.engine.curvature.precondition import precondition
-from gradsift.engine.store.ids import seed_of
+from gradsift.bindings.render import bar
+from gradsift.bindings.space import Examples, Space
+from gradsift.engine.capture.frozen import evaluating
+from gradsift.engine.curvature.corrected import Corrected
+from gradsift.engine.curvature.curvature import Curvature
+from gradsift.engine.curvature.evidence import Evidence
 from gradsift.kernels.errors import DataError
 
-__all__ = ["CurvatureSample"]
+__all__ = ["choose_damping", "correct", "curvature_of", "how_exact", "summary"]
 
 _AT_ONCE = 8
 """Examples in a batch."""
 
-_STEPS = 3
-"""Of conjugate gradients; after three of them, scores rank as in the limit (.999)."""
 
-
-class CurvatureSample:
-    """Examples of a store's curvature rows with the labels that were drawn for them, in the rows' order.
+def curvature_of(space: Space, rows: int | None = None) -> Curvature:
+    """The curvature sample of a store, its labels drawn once more.
 
     Args:
         space: the store with its model and data.
@@ -33,58 +36,73 @@ class CurvatureSample:
     Raises:
         DataError: the store holds none.
     """
-
-    def __init__(self, space: Space, rows: int | None = None) -> None:
-        sample, draws = space.store.curvature, space.store.curvature_draws
-        if sample is None:
-            raise DataError(f"'{space.store.path}' holds no curvature sample: extract with --curvature 2000")
-        chosen = np.linspace(0, len(sample) - 1, min(rows or len(sample), len(sample))).round().astype(int)
-        self._space = space
-        self._fisher = Fisher(sample[chosen], examples=len(space.store))
-        self._batches = [
-            self._drawn([draws[row] for row in chosen[start : start + _AT_ONCE].tolist()])
-            for start in range(0, len(chosen), _AT_ONCE)
-        ]
-
-    def __len__(self) -> int:
-        return len(self._fisher.rows)
-
-    @property
-    def passes(self) -> int:
-        """Batches that one query goes through, at most."""
-        return (1 + 2 * _STEPS) * len(self._batches)
-
-    @property
-    def batches(self) -> list[Mapping[str, Any]]:
-        """Padded batches whose labels are the drawn ones."""
-        return list(self._batches)
-
-    def _drawn(self, draws: Sequence[tuple[str | int, int]]) -> Mapping[str, Any]:
-        space = self._space
-        batch = space.data.fetch(space.data.find([name for name, _ in draws]))
-        seeds = [seed_of(space.store.spec.seed, name, draw) for name, draw in draws]
-        return space.summed.sampled_batch(space.model, batch, seeds)
-
-    def correct(self, v: Mapping[str, Tensor], advance: Callable[[], None]) -> dict[str, Tensor]:
-        """``(F + lambda I)^-1 v`` with the unsketched Fisher of this sample; ``advance`` is called after each batch."""
-        return precondition(
-            self._space.model,
-            v,
-            _Counted(self._batches, advance),
-            self._space.summed,
-            self._fisher,
-            steps=_STEPS,
-            modules=self._space.modules,
-        )
+    if space.store.curvature is None:
+        raise DataError(f"'{space.store.path}' holds no curvature sample: extract with --curvature 2000")
+    return Curvature.of(
+        space.store,
+        space.model,
+        space.summed,
+        lambda ids: space.data.fetch(space.data.find(ids)),
+        rows=rows,
+        batch=_AT_ONCE,
+        modules=space.modules,
+    )
 
 
-class _Counted:
-    """Batches that tell when they have been used."""
+def choose_damping(curvature: Curvature, space: Space, unseen: Examples) -> Evidence:
+    """Let examples that were not trained on choose the damping: one forward pass over them."""
+    starts = range(0, len(unseen), _AT_ONCE)
+    losses, tokens = [], []
+    with bar("damping", len(starts)) as advance, evaluating(space.model), torch.no_grad():
+        for start in starts:
+            batch = unseen.fetch(range(start, min(start + _AT_ONCE, len(unseen))))
+            losses.append(space.summed(space.model, batch).cpu())
+            if hasattr(space.summed, "loss_tokens"):
+                tokens.append(space.summed.loss_tokens(batch))
+            advance()
+    return curvature.choose_k(space.store, torch.cat(losses), torch.cat(tokens) if tokens else None)
 
-    def __init__(self, batches: Sequence[Mapping[str, Any]], advance: Callable[[], None]) -> None:
-        self._batches, self._advance = batches, advance
 
-    def __iter__(self) -> Iterator[Mapping[str, Any]]:
-        for batch in self._batches:
-            yield batch
-            self._advance()
+def correct(
+    curvature: Curvature, space: Space, vectors: Sequence[Mapping[str, Tensor]], method: str, k: float | None = None
+) -> list[Corrected]:
+    """Each query's vector after its curvature; says first what that costs. Stopped, the same call goes on where it was.
+
+    Args:
+        method, k: as of ``precondition``.
+    """
+    cost = curvature.cost(method, queries=len(vectors))
+    if cost.passes:
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"curvature  {method}: at most {cost}")
+    states = Path(f"{space.store.path}.solving")
+    done = []
+    with bar("exact curvature", cost.batches) as advance:
+        for v in vectors:
+            state = states / f"{_digest(v, method)}.npz"
+            done.append(curvature.correct(v, method, k=k, checkpoint=state, progress=advance))
+    shutil.rmtree(states, ignore_errors=True)
+    return done
+
+
+def summary(v: Corrected) -> dict[str, Any]:
+    """What was done to one query, as plain values."""
+    return {"method": v.method, "k": v.k, "lambda": v.damping, "steps": v.steps, "residuals": list(v.residuals)}
+
+
+def how_exact(method: str | None, vectors: Sequence[Corrected]) -> str | None:
+    """How a short list was ordered, in words; None when it was not."""
+    if method is None:
+        return None
+    if not vectors:
+        return "exact gradients of a short list, no curvature"
+    first, most = vectors[0], max(v.steps for v in vectors)
+    solved = f", {most} steps to residual {max(v.residuals[-1] for v in vectors):.1e}" if most else ""
+    return f"exact gradients of a short list along {method} (k = {first.k:.3g}{solved})"
+
+
+def _digest(v: Mapping[str, Tensor], method: str) -> str:
+    """A name for a query's file."""
+    digest = hashlib.blake2b(method.encode(), digest_size=8)
+    for t in v.values():
+        digest.update(t.detach().cpu().float().numpy().tobytes())
+    return digest.hexdigest()

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradsift.bindings.curvature import CurvatureSample
+from gradsift.bindings.curvature import curvature_of
 from gradsift.bindings.demo.baselines import neighbours, precision
 from gradsift.bindings.demo.digits import EIGHT, THREE, Digits, DigitsCase, Judge
 from gradsift.bindings.demo.digits_model import draw, trained_base, tuned
@@ -176,15 +176,15 @@ class Run:
         """Exact scores of all images for one picture, which is also written for the command line."""
         _write_png(self.query_path, picture)
         question = Pictures(picture[None])
-        sample = CurvatureSample(space, self.case.exact_rows)
-        done = 0
+        curvature = curvature_of(space, self.case.exact_rows)
+        total, done = curvature.uses("fisher"), 0
 
         def advance() -> None:
             nonlocal done
             done += 1
-            self.ticks(done, sample.passes)
+            self.ticks(done, total)
 
-        v = sample.correct(gradient(space.model, question.fetch([0]), space.loss), advance)
+        v = curvature.correct(gradient(space.model, question.fetch([0]), space.loss), progress=advance)
         rescorer = Rescorer(space.model, lambda rows: _batches(space, rows), space.loss.token_losses, [v])
         n = len(space.store)
         return topk(space.store, space.capture(question), n, rescore=rescorer, shortlist=n)

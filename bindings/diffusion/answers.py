@@ -11,14 +11,16 @@ from rich.console import Console
 from rich.text import Text
 from torch import Tensor
 
-from gradsift.bindings.curvature import CurvatureSample
+from gradsift.bindings.curvature import choose_damping, correct, curvature_of, how_exact, summary
 from gradsift.bindings.diffusion.dataset import Dataset
 from gradsift.bindings.diffusion.grid import Row, Tile, draw
 from gradsift.bindings.diffusion.workspace import Workspace
-from gradsift.bindings.render import bar, number, table
+from gradsift.bindings.render import number, table
 from gradsift.engine.answers.gradient import gradient
 from gradsift.engine.answers.rescore import Rescorer
 from gradsift.engine.answers.search import SIGN, TopK, topk
+from gradsift.engine.curvature.corrected import Corrected
+from gradsift.kernels.errors import DataError
 
 __all__ = ["Asker"]
 
@@ -37,31 +39,50 @@ class Asker:
     Args:
         space: the store with its pipeline and images.
         questions: the query; several images are one query, the mean of their gradients.
-        scorer: as of ``topk``.
-        exact: let exact gradients order a short list, and say which regions pull.
-        sample: curvature rows behind an exact answer of "fisher", at most.
+        scorer: as of ``topk``; it finds the short list.
+        method: let exact gradients order the short list, along the query's gradient after this correction, and say
+            which regions pull; None for the sketch alone.
+        sample: curvature rows behind an exact answer, at most.
+        damping: k of the correction; unseen: images that were not trained on, which choose it.
     """
 
-    def __init__(self, space: Workspace, questions: Dataset, scorer: str, exact: bool, sample: int) -> None:
-        self._space, self._questions = space, questions
+    def __init__(
+        self,
+        space: Workspace,
+        questions: Dataset,
+        scorer: str,
+        method: str | None,
+        sample: int,
+        damping: float | None = None,
+        unseen: Dataset | None = None,
+    ) -> None:
+        self._space, self._questions, self._method = space, questions, method
         self._scorer = cast(Literal["fisher", "dot", "cosine"], scorer)
         self._features = space.capture(questions)
-        self._rescorer = self._exactly(sample) if exact else None
+        self._corrected: list[Corrected] = []
+        self._rescorer = None if method is None else self._exactly(method, sample, damping, unseen)
 
-    def _exactly(self, sample: int) -> Rescorer:
-        """Exact scores along the query's mean gradient; of a cosine over several parts, part by part."""
+    def _exactly(self, method: str, sample: int, damping: float | None, unseen: Dataset | None) -> Rescorer:
+        """Exact scores along the query's mean gradient; of a plain cosine over several parts, part by part."""
         space = self._space
-        apart = self._scorer == "cosine" and space.loss.parts is not None
+        if method != "none" and self._scorer == "cosine" and space.loss.parts is not None:
+            raise DataError(
+                f"--method {method} corrects the gradient of the summed loss, but --scorer cosine asks about each "
+                "timestep alone: use --scorer fisher or dot"
+            )
+        apart = method == "none" and self._scorer == "cosine" and space.loss.parts is not None
         losses = [space.loss.part(k) for k in range(space.loss.measurements)] if apart else [space.summed]
         vectors = [self._mean_gradient(each) for each in losses]
-        if self._scorer == "fisher" and space.store.curvature is not None:
-            drawn = CurvatureSample(space, sample)
-            with bar("exact curvature", drawn.passes) as advance:
-                vectors = [drawn.correct(v, advance) for v in vectors]
+        if method != "none":
+            curvature = curvature_of(space, sample)
+            if unseen is not None:
+                choose_damping(curvature, space, unseen)
+            self._corrected = correct(curvature, space, vectors, method, damping)
         if apart:
             tokens = [each.token_losses for each in losses]
             return Rescorer(space.model, self._fetch, tokens, [vectors], modules=space.modules)
-        return Rescorer(space.model, self._fetch, space.summed.token_losses, vectors, modules=space.modules)
+        along = self._corrected or vectors
+        return Rescorer(space.model, self._fetch, space.summed.token_losses, along, modules=space.modules)
 
     def _mean_gradient(self, loss: Any) -> dict[str, Tensor]:
         total: dict[str, Tensor] = {}
@@ -89,7 +110,7 @@ class Asker:
     def print(self, console: Console, answers: Sequence[TopK]) -> None:
         """What was asked, then a table per answer."""
         store = self._space.store
-        how = "exact gradients of a short list" if self._rescorer else f"sketches of {store.spec.dim} numbers"
+        how = how_exact(self._method, self._corrected) or f"sketches of {store.spec.dim} numbers"
         headline = f"  {len(store):,} images, {answers[0].scorer}, {how}"
         console.print(Text.assemble((str(store.path), "bold"), headline), highlight=False)
         console.print(f"query  {self._described()}, loss {self._loss():.4g}", style="bold", highlight=False)
@@ -115,6 +136,8 @@ class Asker:
             "store": str(self._space.store.path),
             "scorer": answers[0].scorer,
             "exact": self._rescorer is not None,
+            "method": self._method,
+            "curvature": [summary(v) for v in self._corrected],
             "sign": SIGN,
             "query": [self._questions.record(i) for i in range(len(self._questions))],
             "loss": self._loss(),

@@ -15,9 +15,12 @@ from rich.markup import escape
 from gradsift.bindings.cli import (
     AsJson,
     Budget,
+    Corrected,
     CurvatureRows,
+    Damping,
     Device,
     ExactRows,
+    HeldOut,
     HowReduced,
     HowScored,
     Kind,
@@ -33,6 +36,7 @@ from gradsift.bindings.cli import (
     Store,
     StoreDtype,
     StorePrecision,
+    exact_method,
     layers,
 )
 from gradsift.kernels.errors import DataError
@@ -231,7 +235,10 @@ def _query(
         bool, typer.Option("--exact", help="Order a short list by exact gradients, and map which regions pull.")
     ] = False,
     scorer: HowScored = Scorer.fisher,
+    method: Corrected = None,
     sample: ExactRows = 64,
+    damping: Damping = None,
+    held_out: HeldOut = None,
     kind: Annotated[Kind, typer.Option(help="What kind of model it is; the store knows.")] = Kind.diffusion,
     model: OtherModel = None,
     lora: OtherLora = None,
@@ -263,7 +270,9 @@ def _query(
         questions = space.questions(image, prompt, label)
     else:
         questions = space.own(ids) if ids else space.style(cast(Path, folder), prompt)
-    asker = Asker(space, questions, scorer.value, exact, sample)
+    how = exact_method(method, exact, scorer, space)
+    unseen = None if held_out is None else space.style(Path(held_out), None)
+    asker = Asker(space, questions, scorer.value, how, sample, damping, unseen)
     answers = [asker.ask(k, largest=largest) for largest in ((True, False) if least else (True,))]
     if as_json:
         typer.echo(json.dumps(asker.to_json(answers)))
