@@ -111,7 +111,7 @@ class Space:
 
     def capture(self, questions: Examples) -> Features:
         """Features of the queries, in their order."""
-        capture = Capture(self.model, self.store.spec, self.modules)
+        capture = Capture(self.model, self.store.spec, self.modules, groups=_groups(self.store))
         starts = range(0, len(questions), _AT_ONCE)
         groups = [range(start, min(start + _AT_ONCE, len(questions))) for start in starts]
         together = len(parts_of(self.loss))
@@ -132,6 +132,14 @@ class Space:
     def fetch(self, rows: Sequence[int]) -> dict[str, Any]:
         """The examples of these rows of the store, as one batch in their order."""
         return self.data.fetch(self.data.find([self.store.ids[row] for row in rows]))
+
+
+def _groups(store: FeatureStore) -> str | None:
+    """What the store was extracted with: each parameter apart, each map, or none."""
+    groups = {part.get("group") for part in store.parts}
+    if groups == {None}:
+        return None
+    return "parameter" if groups <= {row.name for row in store.table} else "map"
 
 
 def absolute(place: str | None) -> str | None:
