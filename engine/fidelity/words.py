@@ -15,11 +15,11 @@ _USABLE = ("baseline", "sketch", "codes", "own")
 
 def advice(found: Evaluation) -> list[str]:
     """Sentences, the one that matters first."""
-    ranked = sorted((r for r in found.rows if r.lds and r.lds.mean == r.lds.mean), key=lambda r: -r.lds.mean)  # type: ignore[union-attr]
+    ranked = sorted((row for row in found.rows if row.lds and row.lds.mean == row.lds.mean), key=_lds, reverse=True)
     usable = [row for row in ranked if row.family in _USABLE and row.name != "random"]
     if not usable:
         return ["No method was measured that can be used at any size."]
-    best = usable[0]
+    best = min((row for row in usable if _no_worse(row, usable[0])), key=lambda row: row.bytes or 0)
     return [*_verdict(best, usable), *_limits(found, best, ranked), *_removal(found), *_mislabels(found)]
 
 
@@ -27,26 +27,34 @@ def _verdict(best: Row, usable: list[Row]) -> list[str]:
     assert best.lds is not None
     if best.lds.interval.low <= 0:
         return [
-            f"Nothing here predicts retraining: the best, {best.name}, has an LDS of {_figure(best)}, which includes "
-            "0. Do not rely on any of these answers for this model."
+            f"Nothing here predicts retraining: {best.name} has an LDS of {_figure(best)}, which includes 0. Do not "
+            "rely on any of these answers for this model."
         ]
-    sentences = [f"Use {best.name} on this data: it predicts retraining best, LDS {_figure(best)}."]
-    rival = next((row for row in usable if row.family != best.family and _baseline(row) != _baseline(best)), None)
+    first = usable[0]
+    why = (
+        "it predicts retraining best"
+        if best is first
+        else f"nothing does clearly better ({first.name}: {_lds(first):.2f})"
+    )
+    sentences = [f"Use {best.name} on this data: LDS {_figure(best)}, and {why}."]
+    rival = next((row for row in usable if _baseline(row) != _baseline(best)), None)
     if rival is not None and rival.lds is not None:
         gap = best.lds.mean - rival.lds.mean
         low, high = interval(gap, best.lds.draws - rival.lds.draws)
-        kind = "baseline" if _baseline(rival) else "gradient method"
+        kind = "baseline without gradients" if _baseline(rival) else "method with gradients"
         sentences.append(
-            f"The best {kind} is {rival.name} with {_figure(rival)}: {gap:.2f} less (95 % {low:+.2f} to {high:+.2f})"
-            + (
-                ", which is no clear difference" + ("; it needs no gradients, so take it." if _baseline(rival) else ".")
-                if low <= 0
-                else "."
-            )
+            f"The best {kind}, {rival.name}, has {_figure(rival)}: a difference of {gap:+.2f} (95 %: {low:+.2f} to "
+            f"{high:+.2f})."
         )
     if _baseline(best):
-        sentences.append("Gradients are not worth their cost here.")
+        sentences.append("Gradients are not worth their cost on this data.")
     return sentences
+
+
+def _no_worse(row: Row, best: Row) -> bool:
+    """Whether the difference from the best may be chance."""
+    assert row.lds is not None and best.lds is not None
+    return interval(best.lds.mean - row.lds.mean, best.lds.draws - row.lds.draws).low <= 0
 
 
 def _limits(found: Evaluation, best: Row, ranked: list[Row]) -> list[str]:
@@ -54,10 +62,9 @@ def _limits(found: Evaluation, best: Row, ranked: list[Row]) -> list[str]:
     sentences = []
     if found.ceiling == found.ceiling:
         sentences.append(
-            f"Retraining with another seed allows an LDS of {found.ceiling:.2f} at most, so {best.name} reaches "
-            f"{best.lds.mean / found.ceiling:.0%} of what can be predicted."
+            f"Trainings that differ in their seed alone allow an LDS of {found.ceiling:.2f} at most."
             if found.ceiling > 0
-            else "Retraining with another seed changes the order of everything: train longer, or with more seeds."
+            else "Trainings that differ in their seed alone agree in nothing: more seeds may show something."
         )
     exact = next((row for row in ranked if row.family == "exact"), None)
     if exact is not None and exact.lds is not None:
@@ -82,6 +89,10 @@ def _mislabels(found: Evaluation) -> list[str]:
     if not rows or rows[0].auc is None:
         return []
     return [f"Mislabelled examples are found best by {rows[0].name}, AUC {rows[0].auc.value:.3f}."]
+
+
+def _lds(row: Row) -> float:
+    return row.lds.mean if row.lds is not None else float("nan")
 
 
 def _baseline(row: Row) -> bool:

@@ -45,9 +45,9 @@ class LMPlan:
     per_file: int = 10
     width: int = 128
     pretraining: int = 800
-    epochs: int = 3
+    epochs: int = 6
     batch: int = 16
-    rate: float = 1e-3
+    rate: float = 2e-3
 
 
 def lm_case(folder: Path, plan: LMPlan | None = None, report: Callable[[int, int], None] | None = None) -> FidelityCase:

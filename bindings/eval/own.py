@@ -1,0 +1,152 @@
+"""A user's own training as a case: a store, a file of queries, and a function that trains again."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradsift.bindings.data import Dataset
+from gradsift.bindings.models import load
+from gradsift.bindings.records import Record
+from gradsift.bindings.workspace import Workspace
+from gradsift.engine.fidelity.case import FidelityCase
+from gradsift.engine.losses import language_model
+from gradsift.kernels.errors import DataError
+
+__all__ = ["function", "mean_states", "own_case"]
+
+_AT_ONCE = 8
+"""Examples in a batch."""
+
+Retrain = Callable[[list[int], int], Any]
+
+
+def function(place: str) -> tuple[Retrain, str]:
+    """A function written ``module:name``, found from the folder one is in, and a hash of its file.
+
+    Raises:
+        DataError: there is no such module or function.
+    """
+    module_name, colon, name = place.partition(":")
+    if not colon or not module_name or not name:
+        raise DataError(f"--retrain is '{place}', expected module:function, such as train:retrain for train.py")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name != module_name.split(".", maxsplit=1)[0]:
+            raise DataError(f"--retrain: importing '{module_name}' failed: {error}") from None
+        raise DataError(f"--retrain: there is no module '{module_name}' here or among the installed ones") from None
+    finally:
+        sys.path.pop(0)
+    found = getattr(module, name, None)
+    if not callable(found):
+        raise DataError(f"--retrain: '{module_name}' has no function '{name}'")
+    source = getattr(module, "__file__", None)
+    code = Path(source).read_bytes() if source is not None else place.encode()
+    return found, hashlib.blake2b(code, digest_size=8).hexdigest()
+
+
+def own_case(space: Workspace, queries: Dataset, retrain: Retrain, key: str, name: str) -> FidelityCase:
+    """The case of a store and its model.
+
+    Args:
+        space: the store with its model and data.
+        queries: whose losses are to be predicted.
+        retrain: ``retrain(lines, seed)``: trains from the start on these lines of the data file, counted from 0, and
+            returns the model, or the folder where it lies: of an adapter, or of a whole model.
+        key: what the training depends on beside the data.
+        name: of the case.
+    """
+    data, notes = space.data, space.notes
+    places = sorted(data.find(list(space.store.ids)))
+
+    def trained(rows: Sequence[int], seed: int) -> nn.Module:
+        lines = [places[row] for row in rows]
+        return _model(retrain(lines, seed), space)
+
+    return FidelityCase(
+        name=name,
+        key=f"{key} {notes.model} {notes.max_length} {notes.eos}",
+        examples=len(places),
+        retrain=trained,
+        batches=_Batches(data, places),
+        queries=_Batches(queries, range(len(queries))),
+        loss=language_model,
+        modules=notes.modules,
+        model=space.model,
+        before=_Untuned(space.model) if hasattr(space.model, "disable_adapter") else None,
+        texts=[_text(data.record(place)) for place in places],
+        query_texts=[_text(queries.record(row)) for row in range(len(queries))],
+        states=None if space.loaded.encoder_decoder else mean_states,
+    )
+
+
+def mean_states(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """Last hidden state of each example, averaged over its tokens, (n, hidden)."""
+    device = next(model.parameters()).device
+    inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask") if name in batch}
+    hidden: Tensor = model(**inputs, output_hidden_states=True).hidden_states[-1]
+    if "attention_mask" not in inputs:
+        return hidden.mean(dim=1)
+    mask = inputs["attention_mask"][..., None].to(hidden.dtype)
+    return (hidden * mask).sum(dim=1) / mask.sum(dim=1)
+
+
+class _Untuned(nn.Module):
+    """A model whose adapter is off."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs: Any) -> Any:
+        with self.model.disable_adapter():  # type: ignore[operator]
+            return self.model(**inputs)
+
+
+class _Batches:
+    """Padded batches in the order of the file."""
+
+    def __init__(self, data: Dataset, places: Sequence[int]) -> None:
+        self._data, self._places = data, places
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for start in range(0, len(self._places), _AT_ONCE):
+            yield self._data.fetch(self._places[start : start + _AT_ONCE])
+
+
+def _model(given: Any, space: Workspace) -> nn.Module:
+    """What a user's training returned, as a model on the store's device."""
+    device = next(space.model.parameters()).device
+    if isinstance(given, nn.Module):
+        return given.to(device).eval()
+    if not isinstance(given, str | Path) or not Path(given).is_dir():
+        raise DataError(
+            f"retrain returned {given!r}, expected the trained model, or the folder where it or its adapter was saved"
+        )
+    notes, folder = space.notes, str(given)
+    adapter = (Path(given) / "adapter_config.json").is_file()
+    model, lora = (notes.model, folder) if adapter else (folder, None)
+    with torch.no_grad():
+        loaded = load(model, lora, tokenizer=notes.tokenizer, dtype=notes.dtype, device=str(device))
+    return loaded.model
+
+
+def _text(record: Record) -> str:
+    """A record as plain text."""
+    if "messages" in record:
+        return " ".join(str(turn["content"]) for turn in record["messages"])
+    if "text" in record:
+        return str(record["text"])
+    if "prompt" in record:
+        return f"{record['prompt']} {record['completion']}"
+    return json.dumps(record, ensure_ascii=False)
