@@ -138,7 +138,7 @@ def test_transport_is_the_exact_one_within_its_blur() -> None:
     assert exact <= moved.distance <= exact + BLUR * np.log(30 * 7)
     assert moved.f.mean() == pytest.approx(moved.g.mean())
     plan = np.exp((moved.f[:, None] + moved.g - cost) / BLUR) / (30 * 7)
-    np.testing.assert_allclose(plan.sum(axis=0), 1 / 7, rtol=1e-4)
+    np.testing.assert_allclose(plan.sum(axis=0), 1 / 7, rtol=5e-3)
     np.testing.assert_allclose(plan.sum(axis=1), 1 / 30, rtol=1e-9)
     value = (plan * cost).sum() + BLUR * (plan * np.log(plan * 30 * 7 + 1e-300)).sum()
     assert moved.distance == pytest.approx(value, rel=1e-4)

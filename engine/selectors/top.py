@@ -125,13 +125,13 @@ class Top:
         return np.concatenate([block for _, block in self._influence.by_task()])
 
     def _reasons(self, rows: np.ndarray) -> list[str] | None:
-        """Which task a row helps most; None where rows cannot be read again, or nothing is to be told apart."""
+        """Which task a row helps most; None where the store is compacted."""
         if self.reduce == "mean" and len(self._tasks) > 1:
             return [f"mean over {len(self._tasks)} {'tasks' if self._tasks.named else 'targets'}"] * len(rows)
-        if not hasattr(self._store, "blocks"):
-            return None
         if len(self._tasks) == 1:
             return [f"for {self._tasks.text(0)}"] * len(rows)
+        if hasattr(self._store, "search"):
+            return None
         return [f"most for {self._tasks.text(task)}" for task in self._influence.of(rows).argmax(axis=1).tolist()]
 
 

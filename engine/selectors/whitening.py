@@ -54,7 +54,8 @@ class Whitening:
             total = total + kept.sum(dim=0)
             return kept
 
-        moment, _ = second_moment(rows(block[:, c], start) for start, block in stream(store, "tarot"))
+        # Float32 products of a block are off by 1e-7 of the trace, far below lambda; float64 ones take twice as long.
+        moment, _ = second_moment(rows(block[:, c], start).float() for start, block in stream(store, "tarot"))
         moment += pooled.T @ pooled
         mean = total / count
         sigma = moment / count - torch.outer(mean, mean)
