@@ -33,6 +33,7 @@ if not GPU:
 import triton  # noqa: E402
 
 import gradsift as gs  # noqa: E402
+from gradsift.kernels.adam import AdamStep  # noqa: E402
 from gradsift.kernels.outer import sketch_outer, sketch_outer_reference  # noqa: E402
 from gradsift.kernels.sketch import sketch_dense  # noqa: E402
 
@@ -179,6 +180,35 @@ def same(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
+def check_adam(checks: Checks, case: Case) -> None:
+    """Adam's update of every gradient against fp64, both ways round, and its bits alone and in a batch."""
+    spec, x, g = setup(case)
+    segments, shape = ragged(case), (case.thin, case.long)
+    generator = torch.Generator(DEVICE).manual_seed(1)
+    first = torch.randn(shape, generator=generator, device=DEVICE)
+    second = torch.rand(shape, generator=generator, device=DEVICE) + 1e-3
+    adam = AdamStep(first, second, 0.1, 0.001, 1e-8)
+    turned = AdamStep(first.t().contiguous(), second.t().contiguous(), adam.a, adam.b, adam.eps)
+    for what, left, right, size, step in (
+        ("Adam", x, g, shape, adam),
+        ("Adam, the other side thin", g, x, shape[::-1], turned),
+    ):
+        expected, norms = sketch_outer_reference(left, right, segments, spec, "m", size, step)
+        for mode in MODES:
+            square = torch.zeros(len(segments) - 1, device=DEVICE)
+            with poisoned():
+                got = sketch_outer(
+                    left, right, segments, spec, name="m", shape=size, sqnorm=square, backend=mode, adam=step
+                )
+            error = max(relative(got, expected), relative(square, norms))
+            checks.add(case.name, f"{mode} {what} against fp64", error <= 1e-5, f"{error:.1e}")
+    whole = sketch_outer(x, g, segments, spec, name="m", shape=shape, backend="triton", adam=adam)
+    rows = slice(segments[1], segments[2])
+    own = (0, rows.stop - rows.start)
+    alone = sketch_outer(x[rows], g[rows], own, spec, name="m", shape=shape, backend="triton", adam=adam)
+    checks.add(case.name, "Adam, same bits alone and in a batch", torch.equal(alone[0], whole[1]))
+
+
 def check_tf32(checks: Checks) -> None:
     """fp32 stays fp32 when the user allows TF32."""
     case = check_cases()[-1]._replace(dtype=torch.float32)
@@ -317,6 +347,7 @@ def main() -> int:
     checks = Checks()
     for case in check_cases():
         check_kernels(checks, case)
+        check_adam(checks, case)
     check_tf32(checks)
     for backend in (*MODES, "torch"):
         check_capture(checks, backend)

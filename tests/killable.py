@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from toy import ToyLoss, toy_extract
+from toy import ToyLoss, toy_extract, toy_model
+
+import gradsift as gs
 
 INSTANTS = ("half written", "before rename", "after rename")
 
@@ -30,6 +32,17 @@ class SlowLoss(ToyLoss):
 
 def slow_toy(path: Path) -> None:
     toy_extract(path, loss_fn=SlowLoss())
+
+
+def slow_checkpoints(path: Path) -> None:
+    """At two checkpoints, with moments, in groups."""
+    checkpoints = []
+    for seed in (1, 2):
+        weights = {name: p.detach() for name, p in toy_model(seed).named_parameters()}
+        own = {name: w for name, w in weights.items() if name.endswith("weight")}
+        adam = gs.AdamMoments(own, {name: w.square() for name, w in own.items()}, {})
+        checkpoints.append(gs.Checkpoint(weights, 1.0 / seed, adam))
+    toy_extract(path, loss_fn=SlowLoss(), checkpoints=checkpoints, groups="map")
 
 
 def run(

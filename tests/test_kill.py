@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from killable import INSTANTS, run
+from killable import INSTANTS, run, slow_checkpoints
 from toy import tree
 
 import gradsift as gs
@@ -108,6 +108,19 @@ def test_killed_at_chosen_instants(context: ForkServerContext, whole: Whole, tmp
 
 def test_killed_at_random(context: ForkServerContext, whole: Whole, tmp_path: Path) -> None:
     _at_random(context, whole, tmp_path, KILLS, seed=time.time_ns())
+
+
+def test_killed_at_several_checkpoints_with_adam(context: ForkServerContext, tmp_path: Path) -> None:
+    """Checkpoints, groups and Adam's updates: as many files, more columns, the same bytes."""
+    whole = tmp_path / "whole"
+    assert _end(_start(context, whole, counted=tmp_path / "renames", extract=slow_checkpoints)) == 0
+    renames = int((tmp_path / "renames").read_text())
+    for number, instant in enumerate(INSTANTS):
+        path = tmp_path / str(number)
+        killed = _start(context, path, instant, renames * (number + 1) // 5, extract=slow_checkpoints)
+        assert _end(killed) == -signal.SIGKILL
+        assert _end(_start(context, path, extract=slow_checkpoints)) == 0
+        assert tree(path) == tree(whole), instant
 
 
 @pytest.mark.soak
