@@ -216,11 +216,16 @@ class Curvature:
     def fit(self) -> EkFac:
         """EK-FAC factors: those in memory, else those on disk, else fitted in two passes and kept.
 
+        Those on disk that were fitted to fewer examples than this sample has are fitted again.
+
         Raises:
             StoreError: those on disk belong to another model, adapter or loss.
         """
         if self._factors is None and self._path is not None:
             self._factors = kept.load(self._path, self._belongs)
+            if self._factors is not None and self._factors.examples < len(self):
+                logger.info("EK-FAC factors of %d examples are replaced by those of more", self._factors.examples)
+                self._factors = None
         if self._factors is None:
             logger.info("fitting EK-FAC factors: two passes over %d examples", len(self))
             self._factors = fit(self.model, self._counted(), self.loss_fn, self.modules)
