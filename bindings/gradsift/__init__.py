@@ -19,6 +19,7 @@ _HOMES = {
     "Capture": "gradsift.engine.capture.capture",
     "Checkpoint": "gradsift.engine.checkpoints.checkpoint",
     "CaptureError": "gradsift.kernels.errors",
+    "CompactStore": "gradsift.engine.compaction.store",
     "Curvature": "gradsift.engine.curvature.curvature",
     "DataError": "gradsift.kernels.errors",
     "FeatureStore": "gradsift.engine.store.reader",
@@ -32,6 +33,7 @@ _HOMES = {
     "StoreError": "gradsift.kernels.errors",
     "adam_moments": "gradsift.engine.checkpoints.adam",
     "check": "gradsift.engine.check.run",
+    "compact": "gradsift.engine.compaction.compact",
     "evaluate": "gradsift.engine.fidelity.evaluate",
     "extract": "gradsift.engine.extraction.extract",
     "gradient": "gradsift.engine.answers.gradient",
@@ -49,6 +51,7 @@ __all__ = [
     "Capture",
     "CaptureError",
     "Checkpoint",
+    "CompactStore",
     "Curvature",
     "DataError",
     "FeatureStore",
@@ -62,6 +65,7 @@ __all__ = [
     "StoreError",
     "adam_moments",
     "check",
+    "compact",
     "evaluate",
     "extract",
     "gradient",
@@ -86,6 +90,8 @@ if TYPE_CHECKING:
     from gradsift.engine.checkpoints.adam import adam_moments
     from gradsift.engine.checkpoints.checkpoint import Checkpoint
     from gradsift.engine.checkpoints.moments import AdamMoments
+    from gradsift.engine.compaction.compact import compact
+    from gradsift.engine.compaction.store import CompactStore
     from gradsift.engine.curvature.curvature import Curvature
     from gradsift.engine.curvature.precondition import precondition
     from gradsift.engine.extraction.extract import extract

@@ -122,6 +122,8 @@ def table_from(rows: Sequence[Mapping[str, Any]]) -> tuple[TableRow, ...]:
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
     """The first thing in which a store and an extraction that would continue it differ, in words."""
+    if old.get("compacted") and not new.get("compacted"):
+        return "it is compacted, and rows of other stores are all that can be added to it"
     if old["spec"] != new["spec"]:
         return _values("the sketch", _spec(old["spec"]), _spec(new["spec"]))
     table = table_difference(table_from(new["table"]), table_from(old["table"]))

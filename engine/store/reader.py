@@ -8,7 +8,7 @@ from functools import cached_property, lru_cache
 from itertools import count, takewhile
 from os import PathLike
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import numpy as np
 import torch
@@ -173,10 +173,10 @@ class FeatureStore:
 
     @classmethod
     def open(cls, path: str | PathLike[str], *, unfinished: bool = False) -> Self:
-        """Open a store for reading; only its description is read.
+        """Open a store for reading; only its description is read. A compacted one is opened as a ``CompactStore``.
 
         Args:
-            path: the folder that ``extract`` wrote.
+            path: the folder that ``extract`` or ``compact`` wrote.
             unfinished: also open one whose extraction has not ended; it has the rows committed so far.
 
         Raises:
@@ -186,6 +186,10 @@ class FeatureStore:
         metadata = read_description(root)
         if metadata is None:
             raise StoreError(f"{root} does not exist or is empty: expected a store made by gradsift extract")
+        if metadata.get("compacted"):
+            from gradsift.engine.compaction.store import CompactStore
+
+            return cast(Self, CompactStore.open(root))
         if metadata["complete"]:
             return cls(root, metadata, int(metadata["rows"]))
         done = example_columns(metadata).committed(root)

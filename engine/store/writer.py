@@ -21,7 +21,7 @@ from gradsift.engine.store.format import (
 )
 from gradsift.kernels.errors import StoreError
 
-__all__ = ["StoreWriter"]
+__all__ = ["StoreWriter", "lock"]
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class StoreWriter:
 
     def __init__(self, root: Path, wanted: Mapping[str, Any]) -> None:
         self.root = root
-        self._lock = _lock(root)
+        self._lock = lock(root)
         try:
             self.description = self._begin(dict(wanted))
         except BaseException:
@@ -122,7 +122,7 @@ class StoreWriter:
         write_atomically(self.root / marker.name / "zarr.json", marker.metadata(-(-rows // block)))
 
 
-def _lock(root: Path) -> int:
+def lock(root: Path) -> int:
     """A lock on the folder itself, which leaves no file behind and ends with the process, however that ends."""
     try:
         root.mkdir(parents=True, exist_ok=True)
