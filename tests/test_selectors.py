@@ -283,6 +283,7 @@ def test_a_wrong_answer_of_ones_own_is_named(answer: Any, text: str) -> None:
         ({"method": "groups", "groups": ["a"] * 50}, "there is one domain"),
         ({"method": "groups", "groups": [*["a"] * 49, None]}, "row 49 has no label in groups"),
         ({"method": "groups", "groups": 1}, "groups is 1 clusters"),
+        ({"method": "groups", "groups": range(1001), "store": 1001}, "there are 1001 groups, more than the 1000"),
         ({"method": "groups", "groups": 2, "alpha": 2.0}, "alpha is an option of rule='bandit'"),
         ({"method": "groups", "groups": ["a", "b"] * 25, "now": {"a": 1.0}}, "now and groups differ in ['b']"),
         ({"method": "vog", "targets": None}, "one checkpoint, but 'vog' is the variance over several"),
@@ -295,9 +296,17 @@ def test_a_wrong_answer_of_ones_own_is_named(answer: Any, text: str) -> None:
 def test_bad_input_is_one_sentence(arguments: dict[str, Any], text: str) -> None:
     given: dict[str, Any] = {"targets": targets(), "budget": 5, "scorer": "dot", **arguments}
     with pytest.raises(gs.GradsiftError) as refused:
-        gs.select(MemoryStore(random_rows(50, DIM)), given.pop("targets"), given.pop("budget"), **given)
+        store = MemoryStore(random_rows(given.pop("store", 50), DIM))
+        gs.select(store, given.pop("targets"), given.pop("budget"), **given)
     assert text in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("method", ["top", "bids", "tarot", "diverse"])
+def test_rows_after_adam_are_not_mixed_with_plain_targets(method: str) -> None:
+    store = MemoryStore(random_rows(30, DIM), metadata={"preconditioner": {"kind": "adam"}})
+    with pytest.raises(gs.SpecError, match="holds gradients after Adam"):
+        gs.select(store, targets(), 5, method, scorer="dot")
 
 
 def test_what_changes_nothing_is_said(caplog: pytest.LogCaptureFixture) -> None:

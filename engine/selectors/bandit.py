@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from gradsift.engine.selectors.labels import grouped
 from gradsift.kernels.errors import SpecError
 
 __all__ = ["Drawn", "draw_clusters"]
@@ -58,10 +59,11 @@ def draw_clusters(
         raise SpecError(
             f"per_draw, at_once and alpha are {per_draw}, {at_once} and {alpha}, expected 1, 1 and 0 or more"
         )
-    names = np.unique(clusters[clusters >= 0])
+    rows_in = np.flatnonzero(clusters >= 0)
+    names, index = np.unique(clusters[rows_in], return_inverse=True)
     left = [
-        np.random.default_rng((seed, int(name))).permutation(np.flatnonzero(clusters == name)).tolist()
-        for name in names
+        np.random.default_rng((seed, int(name))).permutation(members).tolist()
+        for name, members in zip(names, grouped(rows_in, index, len(names)), strict=True)
     ]
     total, times = np.zeros(len(names)), np.zeros(len(names))
     rows: list[int] = []

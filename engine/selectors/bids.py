@@ -95,7 +95,7 @@ def balance(utility: np.ndarray, budget: int, rule: Literal["balance", "gain"]) 
         Every step costs O(T), after one sort per task.
     """
     count, tasks = utility.shape
-    ranked = np.argsort(-utility, axis=0, kind="stable").T.tolist()
+    ranked = np.argsort(-utility, axis=0, kind="stable")
     place = [0] * tasks
     taken = np.zeros(count, dtype=bool)
     total = np.zeros(tasks)
@@ -104,12 +104,12 @@ def balance(utility: np.ndarray, budget: int, rule: Literal["balance", "gain"]) 
         mean = total / max(step, 1)
         candidates = range(tasks) if rule == "gain" else (int(np.argmin(mean)),)
         for task in candidates:
-            while taken[ranked[task][place[task]]]:
+            while taken[ranked[place[task], task]]:
                 place[task] += 1
         best = min(
             (-(utility[row, task] - mean[task]) if rule == "gain" else 0.0, row, task)
             for task in candidates
-            for row in (ranked[task][place[task]],)
+            for row in (int(ranked[place[task], task]),)
         )
         row, task = best[1:]
         taken[row] = True

@@ -13,8 +13,8 @@ from gradsift.kernels.errors import SpecError
 
 __all__ = ["clusters_of"]
 
-_SAMPLE = 32
-"""Rows per cluster that the centres are fitted to, at most."""
+_SAMPLE, _LEAST, _MOST = 32, 2, 16384
+"""Rows per cluster that the centres are fitted to, at most and at least; and rows in all, where at least allows it."""
 
 
 def clusters_of(store: RowStore, count: int, seed: int) -> tuple[tuple[int, ...], np.ndarray]:
@@ -31,12 +31,14 @@ def clusters_of(store: RowStore, count: int, seed: int) -> tuple[tuple[int, ...]
     if not 2 <= count <= len(allowed):
         raise SpecError(f"groups is {count} clusters, expected 2 to {len(allowed)}, the rows that have a gradient")
     draw = np.random.default_rng(seed)
-    sample = np.sort(draw.permutation(allowed)[: max(_SAMPLE * count, 1024)])
-    fitted = require("sklearn.cluster").KMeans(count, n_init=1, random_state=seed).fit(_unit(fetch(store, sample)))
-    centres = torch.from_numpy(fitted.cluster_centers_)
+    sample = np.sort(draw.permutation(allowed)[: max(_LEAST * count, min(_SAMPLE * count, _MOST))])
+    units = [_unit(fetch(store, part)).astype(np.float32) for part in np.array_split(sample, -(-len(sample) // 1024))]
+    fitted = require("sklearn.cluster").KMeans(count, n_init=1, random_state=seed).fit(np.concatenate(units))
+    centres = torch.from_numpy(fitted.cluster_centers_).to(torch.float64)
+    halves = centres.square().sum(dim=1) / 2
     index = np.zeros(len(store), dtype=np.int64)
     for start, rows in stream(store, "groups"):
-        nearest = torch.cdist(torch.from_numpy(_unit(rows)), centres).argmin(dim=1)
+        nearest = (torch.from_numpy(_unit(rows)) @ centres.T - halves).argmax(dim=1)
         index[start : start + len(rows)] = nearest.numpy()
     numbers, places = np.unique(index, return_inverse=True)
     return tuple(numbers.tolist()), places.astype(np.int64)

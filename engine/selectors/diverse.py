@@ -16,7 +16,7 @@ from gradsift.engine.methods import Method
 from gradsift.engine.scorers.parts import parts_of
 from gradsift.engine.selectors.influence import Influence
 from gradsift.engine.selectors.protocol import Choice, Targets, wanted
-from gradsift.engine.selectors.rows import allowed_rows, best_first, fetch, settle
+from gradsift.engine.selectors.rows import allowed_rows, best_first, fetch, plain_rows, settle
 from gradsift.engine.selectors.simplex import rebuild
 from gradsift.engine.selectors.top import best_rows
 from gradsift.kernels.errors import DataError, ShapeError, SpecError
@@ -70,6 +70,7 @@ class Diverse:
             raise DataError(
                 f"method 'diverse' explains one query but {len(targets.tasks)} tasks were given: choose for each alone"
             )
+        plain_rows(store, "diverse")
         self._influence = Influence(store, targets, scorer, self.damping)
         self.scorer, self._store, self._allowed = self._influence.name, store, allowed_rows(store)
         query = parts_of(store).by_checkpoint(targets.queries.values.mean(dim=0, keepdim=True))

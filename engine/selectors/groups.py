@@ -16,7 +16,7 @@ from gradsift.engine.methods import Method
 from gradsift.engine.selectors.bandit import draw_clusters
 from gradsift.engine.selectors.clusters import clusters_of
 from gradsift.engine.selectors.influence import Influence
-from gradsift.engine.selectors.labels import labelled
+from gradsift.engine.selectors.labels import grouped, labelled
 from gradsift.engine.selectors.mixture import best_mixture
 from gradsift.engine.selectors.protocol import Choice, Targets, only_of, wanted
 from gradsift.engine.selectors.quotas import quotas
@@ -26,6 +26,9 @@ from gradsift.kernels.errors import DataError, SpecError
 __all__ = ["Groups"]
 
 logger = logging.getLogger(__name__)
+
+_MOST_MIXED = 1000
+"""Groups of a mixture at most: a step of its solver costs their number cubed."""
 
 
 class Groups:
@@ -103,6 +106,11 @@ class Groups:
             self.names, self._index = clusters_of(store, self.groups, self.seed)
         else:
             self.names, self._index = labelled(self.groups, len(store), "groups")
+        if self.rule == "mixture" and len(self.names) > _MOST_MIXED:
+            raise DataError(
+                f"there are {len(self.names)} groups, more than the {_MOST_MIXED} whose mixture is found in minutes: "
+                "give coarser labels, or rule='bandit'"
+            )
         counted = getattr(store, "loss_tokens", None)
         self._tokens = np.ones(len(store)) if counted is None else np.asarray(counted, dtype=np.float64)
         if self.rule == "mixture":
@@ -125,7 +133,8 @@ class Groups:
                 raise DataError(f"now and groups differ in {sorted(map(str, unknown))[:3]}: give a weight per group")
             now = np.array([self.now[name] for name in self.names], dtype=np.float64)
         weights = best_mixture(self.influence, now, **self._terms)  # type: ignore[arg-type]
-        sizes = np.bincount(self._index[self._allowed], minlength=len(self.names))
+        members = grouped(self._allowed, self._index[self._allowed], len(self.names))
+        sizes = np.array([len(rows) for rows in members])
         # Weights are shares of tokens: of a group of long rows fewer are drawn.
         length = tokens / np.maximum(np.bincount(self._index, minlength=len(self.names)), 1)
         share = np.divide(weights, length, out=np.zeros_like(weights), where=length > 0)
@@ -133,8 +142,7 @@ class Groups:
         draw = np.random.default_rng(self.seed)
         rows, reasons = [], []
         for group in np.argsort(-weights, kind="stable").tolist():
-            members = self._allowed[self._index[self._allowed] == group]
-            rows.append(np.sort(draw.permutation(members)[: numbers[group]]))
+            rows.append(np.sort(draw.permutation(members[group])[: numbers[group]]))
             word = f"group {self.names[group]!r}: {weights[group]:.1%} of tokens, {now[group]:.1%} now"
             reasons += [word] * int(numbers[group])
         chosen = np.concatenate(rows)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gradsift.kernels.errors import DataError
 
-__all__ = ["labelled"]
+__all__ = ["grouped", "labelled"]
 
 
 def labelled(
@@ -37,3 +37,13 @@ def labelled(
     names = tuple(dict.fromkeys(given))
     number = {name: i for i, name in enumerate(names)}
     return names, np.fromiter((number[label] for label in given), dtype=np.int64, count=count)
+
+
+def grouped(rows: np.ndarray, index: np.ndarray, count: int) -> list[np.ndarray]:
+    """The rows of each group, ascending.
+
+    Args:
+        rows: int64 (m,), ascending. index: int64 (m,), the group of each, 0 to count - 1.
+    """
+    order = np.argsort(index, kind="stable")
+    return np.split(rows[order], np.searchsorted(index[order], np.arange(1, count)))

@@ -17,6 +17,9 @@ __all__ = ["Neighbours"]
 _DEPTH = 64
 """Rows kept per target at first; doubled, at the cost of a pass, when they are used up."""
 
+_AT_ONCE = 1024
+"""Rows that are whitened at a time when their distances are asked for."""
+
 
 class Neighbours:
     """Rows by whitened cosine with each target; equal ones by row.
@@ -45,10 +48,10 @@ class Neighbours:
     def distances(self, rows: np.ndarray) -> np.ndarray:
         """Whitened feature distances ``sqrt(2 - 2 cos)`` in [0, 2] to every target, float64 (m, q)."""
         new = np.array([row for row in rows.tolist() if row not in self._known], dtype=np.int64)
-        if len(new):
-            cosines = unit_scores(self._white(fetch(self._store, new)) @ self._goals.T)
+        for part in np.array_split(new, -(-len(new) // _AT_ONCE)) if len(new) else ():
+            cosines = unit_scores(self._white(fetch(self._store, part)) @ self._goals.T)
             found = np.sqrt(np.clip(2 - 2 * cosines, 0, 4))
-            self._known.update(zip(new.tolist(), found, strict=True))
+            self._known.update(zip(part.tolist(), found, strict=True))
         return np.stack([self._known[row] for row in rows.tolist()])
 
     def _deepen(self, depth: int) -> None:

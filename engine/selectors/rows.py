@@ -12,7 +12,7 @@ from torch import Tensor
 from gradsift.engine.answers.scan import RowStore
 from gradsift.engine.scorers.parts import parts_of
 from gradsift.engine.scorers.stores import blocks_of, name
-from gradsift.kernels.errors import DataError, StoreError
+from gradsift.kernels.errors import DataError, SpecError, StoreError
 
 __all__ = [
     "allowed_rows",
@@ -21,6 +21,7 @@ __all__ = [
     "empty_rows",
     "fetch",
     "norms_by_checkpoint",
+    "plain_rows",
     "raw_rows",
     "settle",
     "stream",
@@ -81,6 +82,16 @@ def allowed_rows(store: RowStore) -> np.ndarray:
     if not len(allowed):
         raise DataError(f"no row of {name(store)} has a gradient: look at the loss it was extracted with")
     return allowed
+
+
+def plain_rows(store: RowStore, method: str) -> None:
+    """Refuse rows after Adam for a method that mixes them with plain gradients."""
+    adam = getattr(store, "metadata", {}).get("preconditioner")
+    if adam:
+        raise SpecError(
+            f"{name(store)} holds gradients after {str(adam.get('kind', adam)).capitalize()}, which {method!r} would "
+            "mix with the targets' plain ones: extract without Adam moments"
+        )
 
 
 def norms_by_checkpoint(store: RowStore) -> np.ndarray | None:

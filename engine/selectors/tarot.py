@@ -16,7 +16,7 @@ from gradsift.engine.methods import Method
 from gradsift.engine.scorers.parts import parts_of
 from gradsift.engine.selectors.neighbours import Neighbours
 from gradsift.engine.selectors.protocol import Choice, Targets, only_of
-from gradsift.engine.selectors.rows import allowed_rows, best_first, settle
+from gradsift.engine.selectors.rows import allowed_rows, best_first, plain_rows, settle
 from gradsift.engine.selectors.transport import transport
 from gradsift.engine.selectors.whitening import Whitening
 from gradsift.kernels.errors import DataError, SpecError
@@ -66,6 +66,7 @@ class Tarot:
             raise DataError("method 'tarot' matches the distribution of targets: give targets")
         if self.rule == "otm" and len(targets.queries.values) < 2:
             raise DataError("rule 'otm' compares targets with each other but there is one: use 'fixed_size'")
+        plain_rows(store, "tarot")
         keep = np.isin(np.arange(len(store)), allowed_rows(store))
         values = parts_of(store).by_checkpoint(targets.queries.values)
         white = Whitening(store, values, keep, self.damping)
