@@ -133,12 +133,18 @@ app = typer.Typer(
 )
 
 
-class Scorer(StrEnum):
-    """How rows are compared with a query."""
+class Groups(StrEnum):
+    """What a row has a part for."""
 
-    fisher = "fisher"
-    dot = "dot"
-    cosine = "cosine"
+    parameter = "parameter"
+    map = "map"
+
+
+class AdamForm(StrEnum):
+    """Where Adam's eps stands."""
+
+    less = "less"
+    torch = "torch"
 
 
 class Correction(StrEnum):
@@ -177,7 +183,29 @@ CurvatureRows = Annotated[
     int, typer.Option(help="Rows of the curvature sample, which the default scorer needs; 0 for none.")
 ]
 StoreDtype = Annotated[StorePrecision, typer.Option(help="Of the store: float16 halves it, at 2e-4 relative error.")]
-HowScored = Annotated[Scorer, typer.Option(help="fisher corrects for curvature; dot and cosine are plain.")]
+RowGroups = Annotated[
+    Groups | None,
+    typer.Option(help="Keep each parameter, or each map, apart: as many times the bytes; scorer datainf needs it."),
+]
+AtCheckpoints = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--checkpoint",
+        help="A folder that PEFT or the Trainer saved; may be repeated: rows at each of them, weighed by its learning "
+        "rate, at the cost of as many extractions.",
+    ),
+]
+ByAdam = Annotated[
+    AdamForm | None,
+    typer.Option(
+        help="Rows of Adam's updates by the checkpoints' optimizer.pt instead of gradients, for scorer less: less, as "
+        "its authors have them, or torch, as the optimizer makes them."
+    ),
+]
+HowScored = Annotated[
+    str,
+    typer.Option(help="fisher corrects for curvature; dot and cosine are plain; `gradsift methods` prints all."),
+]
 ExactRows = Annotated[
     int, typer.Option(min=1, help="Curvature rows behind --exact fisher answers, at most: fewer are faster.")
 ]
@@ -189,7 +217,6 @@ Budget = Annotated[
     ),
 ]
 SelectBy = Annotated[str, typer.Option(help="top, tarot, bids, groups, diverse, order, vog or lobass.")]
-SelectScorer = Annotated[str, typer.Option(help="As of query, or another of `gradsift methods`.")]
 HowReduced = Annotated[
     str | None,
     typer.Option(
@@ -254,6 +281,9 @@ def extract(
         typer.Option(help="Layers to capture: lora, or a glob such as '*.q_proj'; may be repeated.  \\[default: lora]"),
     ] = None,
     curvature: CurvatureRows = 2000,
+    groups: RowGroups = None,
+    checkpoint: AtCheckpoints = None,
+    adam: ByAdam = None,
     max_length: Annotated[int, typer.Option(help="Tokens kept per example; the end is cut.")] = 1024,
     batch_tokens: Annotated[int, typer.Option(help="Tokens in a batch, padding included.")] = 4096,
     batch_size: Annotated[int | None, typer.Option(help="Examples in a batch, at most.")] = None,
@@ -280,18 +310,27 @@ def extract(
 
     [dim]a model without an adapter: name its layers[/dim]
     [bold]gradsift extract ... --modules '*.q_proj' --modules '*.v_proj'[/bold]
+
+    [dim]for scorer less: Adam's updates at the checkpoints of a warm-up run[/dim]
+    [bold]gradsift extract ... --checkpoint run/checkpoint-100 --checkpoint run/checkpoint-200 --adam less[/bold]
     """
+    from gradsift.bindings.checkpoints import adapter_among, checkpoints_from
     from gradsift.bindings.data import Dataset
     from gradsift.bindings.describe import describe, print_survey
     from gradsift.bindings.models import load
     from gradsift.bindings.render import bytes_text, ticking
     from gradsift.bindings.space import absolute
     from gradsift.bindings.workspace import Notes
+    from gradsift.engine.capture.maps import parameters_of
     from gradsift.engine.extraction.extract import extract as run
     from gradsift.engine.losses import language_model
     from gradsift.engine.store.format import read_description
     from gradsift.kernels.spec import SketchSpec
 
+    folders = [str(absolute(folder)) for folder in checkpoint or []]
+    if adam is not None and not folders:
+        raise DataError("--adam needs --checkpoint: folders with the optimizer's state")
+    adapter = adapter or adapter_among(folders)
     spec = SketchSpec(dim=dim, seed=seed)
     read_description(out)
     hush()
@@ -320,8 +359,11 @@ def extract(
         max_length=max_length,
         eos=eos,
         trained_on=trained_on,
+        checkpoints=folders or None,
     )
-    block = _block(len(examples), dim)
+    checkpoints = checkpoints_from(folders, loaded.model, selected, adam and adam.value) or None
+    parts = 1 if groups is None else len(parameters_of(loaded.model, selected))
+    block = _block(len(examples), dim * parts * max(1, len(folders)))
     store = run(
         loaded.model,
         examples.batches(block=block, batch_tokens=batch_tokens, batch_size=batch_size),
@@ -332,6 +374,8 @@ def extract(
         dtype=store_dtype.value,
         block=block,
         curvature=curvature,
+        groups=groups and groups.value,
+        checkpoints=checkpoints,
         notes=asdict(notes),
     )
     if as_json:
@@ -360,7 +404,7 @@ def query(
     exact: Annotated[
         bool, typer.Option("--exact", help="Order a short list by exact gradients; the sketch only finds it.")
     ] = False,
-    scorer: HowScored = Scorer.fisher,
+    scorer: HowScored = "fisher",
     method: Corrected = None,
     sample: ExactRows = 256,
     damping: Damping = None,
@@ -390,16 +434,18 @@ def query(
     Words are coloured by their exact share in the inner product with the query's gradient.
     """
     from gradsift.bindings.answers import Asker
+    from gradsift.engine.scorers.registry import scorer_of
 
     if (text is not None) + (prompt is not None) + (data is not None) != 1:
         raise DataError("give exactly one of --text, --prompt and --data: what is to be explained")
     if completion is not None and prompt is None:
         raise DataError("--completion is given without --prompt: give both, or --text")
+    scorer_of(scorer)
     space = _workspace(store, model, adapter, train, device)
     questions = space.questions(data) if data is not None else space.question(text, prompt, completion)
     how = exact_method(method, exact, scorer, space)
     unseen = None if held_out is None else space.questions(held_out)
-    asker = Asker(space, questions, scorer.value, how, sample, damping, unseen)
+    asker = Asker(space, questions, scorer, how, sample, damping, unseen)
     answers = [asker.ask(k, largest=True)]
     if least:
         answers.append(asker.ask(k, largest=False))
@@ -419,7 +465,7 @@ def select(
     ] = None,
     budget: Budget = None,
     method: SelectBy = "top",
-    scorer: SelectScorer = "fisher",
+    scorer: HowScored = "fisher",
     tasks: Annotated[
         str | None, typer.Option(help="Column of the targets that names the task of each.", show_default=False)
     ] = None,
@@ -523,13 +569,13 @@ class _Notes(logging.Handler):
         console.print(f"[yellow]note[/yellow]   {escape(self.format(record))}")
 
 
-def exact_method(method: Correction | None, exact: bool, scorer: Scorer, space: Space) -> str | None:
+def exact_method(method: Correction | None, exact: bool, scorer: str, space: Space) -> str | None:
     """The correction that exact scores are taken along; None when there are none."""
     if method is not None:
         return method.value
     if not exact:
         return None
-    return "fisher" if scorer == Scorer.fisher and space.store.curvature is not None else "none"
+    return "fisher" if scorer == "fisher" and space.store.curvature is not None else "none"
 
 
 def layers(modules: list[str] | None) -> str | list[str]:
@@ -559,6 +605,6 @@ def _workspace(store: Path, model: str | None, adapter: str | None, train: str |
     return Workspace(opened, notes, device)
 
 
-def _block(examples: int, dim: int) -> int:
+def _block(examples: int, numbers: int) -> int:
     """Examples that are sorted by length and committed together: 16 MB, less for small data."""
-    return max(1, min((1 << 22) // dim, max(64, -(-examples // 16))))
+    return max(1, min((1 << 22) // numbers, max(64, -(-examples // 16))))

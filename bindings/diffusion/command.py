@@ -29,10 +29,9 @@ from gradsift.bindings.cli import (
     OtherModel,
     Precision,
     Reference,
+    RowGroups,
     Rule,
-    Scorer,
     SelectBy,
-    SelectScorer,
     Store,
     StoreDtype,
     StorePrecision,
@@ -121,6 +120,7 @@ def _extract(
     seed: Seed = 0,
     modules: Layers = None,
     curvature: CurvatureRows = 2000,
+    groups: RowGroups = None,
     batch_size: Annotated[
         int, typer.Option(help="Images in a batch; the model sees as many times the measurements.")
     ] = 4,
@@ -196,6 +196,7 @@ def _extract(
         modules=selected,
         dtype=store_dtype.value,
         curvature=curvature,
+        groups=groups and groups.value,
         notes=asdict(notes),
     )
     if as_json:
@@ -234,7 +235,7 @@ def _query(
     exact: Annotated[
         bool, typer.Option("--exact", help="Order a short list by exact gradients, and map which regions pull.")
     ] = False,
-    scorer: HowScored = Scorer.fisher,
+    scorer: HowScored = "fisher",
     method: Corrected = None,
     sample: ExactRows = 64,
     damping: Damping = None,
@@ -260,11 +261,13 @@ def _query(
     A positive score means that training on the image lowers the query's loss.
     """
     from gradsift.bindings.diffusion.answers import Asker
+    from gradsift.engine.scorers.registry import scorer_of
 
     if bool(image) + (folder is not None) + bool(ids) != 1:
         raise DataError("give exactly one of --image, --set and --id: what is to be explained")
     if ((ids or folder is not None) and label is not None) or (ids and prompt is not None):
         raise DataError("--prompt and --label belong to --image: other images have their own")
+    scorer_of(scorer)
     space = _workspace(store, model, lora, train, device)
     if image:
         questions = space.questions(image, prompt, label)
@@ -272,7 +275,7 @@ def _query(
         questions = space.own(ids) if ids else space.style(cast(Path, folder), prompt)
     how = exact_method(method, exact, scorer, space)
     unseen = None if held_out is None else space.style(Path(held_out), None)
-    asker = Asker(space, questions, scorer.value, how, sample, damping, unseen)
+    asker = Asker(space, questions, scorer, how, sample, damping, unseen)
     answers = [asker.ask(k, largest=largest) for largest in ((True, False) if least else (True,))]
     if as_json:
         typer.echo(json.dumps(asker.to_json(answers)))
@@ -297,7 +300,7 @@ def _select(
     prompt: Annotated[str | None, typer.Option(help="Caption of the targets that have none.")] = None,
     budget: Budget = None,
     method: SelectBy = "top",
-    scorer: SelectScorer = "fisher",
+    scorer: HowScored = "fisher",
     reduce: HowReduced = None,
     rule: Rule = None,
     labels: Annotated[

@@ -103,7 +103,10 @@ def prepare(
         if as_set:
             asked = asked.mean()
     elif queries is not None:
-        raise SpecError(f"the scorer {called!r} scores rows alone and compares no queries: give None instead of them")
+        raise SpecError(
+            f"the scorer {called!r} scores rows alone and compares no queries: give None instead of them, or call "
+            "select without targets"
+        )
     chosen.prepare(store)
     directions = weights = None
     if isinstance(chosen, LinearScorer) and asked is not None:
