@@ -26,7 +26,9 @@ _HOMES = {
     "Features": "gradsift.engine.capture.features",
     "FidelityCase": "gradsift.engine.fidelity.case",
     "GradsiftError": "gradsift.kernels.errors",
+    "LinearScorer": "gradsift.engine.scorers.protocol",
     "Rescorer": "gradsift.engine.answers.search",
+    "Scorer": "gradsift.engine.scorers.protocol",
     "ShapeError": "gradsift.kernels.errors",
     "SketchSpec": "gradsift.kernels.spec",
     "SpecError": "gradsift.kernels.errors",
@@ -43,6 +45,7 @@ _HOMES = {
     "select": "gradsift.engine.answers.select",
     "sketch_matrix": "gradsift.kernels.sketch",
     "sketch_outer": "gradsift.kernels.outer",
+    "stream_scores": "gradsift.engine.scorers.scores",
     "topk": "gradsift.engine.answers.search",
 }
 
@@ -58,7 +61,9 @@ __all__ = [
     "Features",
     "FidelityCase",
     "GradsiftError",
+    "LinearScorer",
     "Rescorer",
+    "Scorer",
     "ShapeError",
     "SketchSpec",
     "SpecError",
@@ -75,6 +80,7 @@ __all__ = [
     "select",
     "sketch_matrix",
     "sketch_outer",
+    "stream_scores",
     "topk",
 ]
 
@@ -97,6 +103,8 @@ if TYPE_CHECKING:
     from gradsift.engine.extraction.extract import extract
     from gradsift.engine.fidelity.case import FidelityCase
     from gradsift.engine.fidelity.evaluate import evaluate
+    from gradsift.engine.scorers.protocol import LinearScorer, Scorer
+    from gradsift.engine.scorers.scores import stream_scores
     from gradsift.engine.store.reader import FeatureStore
     from gradsift.kernels.errors import (
         CaptureError,
