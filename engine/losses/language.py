@@ -20,7 +20,15 @@ from gradsift.engine.losses.inside import find_inside
 from gradsift.engine.losses.softmax import IGNORE, bend, cross_entropy, draw
 from gradsift.kernels.errors import DataError, ShapeError, SpecError
 
-__all__ = ["IGNORE", "LanguageModelLoss", "at_their_place", "language_model", "per_example", "predictions"]
+__all__ = [
+    "IGNORE",
+    "LanguageModelLoss",
+    "at_their_place",
+    "counted_labels",
+    "language_model",
+    "per_example",
+    "predictions",
+]
 
 _NOT_FOR_THE_MODEL = frozenset({"ids", "segments", "labels"})
 
@@ -80,8 +88,7 @@ class LanguageModelLoss:
         """
         segments = _segments(batch)
         labels = _labels(batch).cpu()
-        aligned = any(k.startswith("decoder_") for k in batch) or labels.shape != batch["input_ids"].shape
-        counted = (labels if aligned else _shift(labels, segments)) != IGNORE
+        counted = (labels if _aligned(batch, labels) else _shift(labels, segments)) != IGNORE
         return per_example(counted.to(torch.int64), segments)
 
     def sampled(self, model: nn.Module, batch: Mapping[str, Any], seeds: Sequence[int]) -> Tensor:
@@ -131,6 +138,15 @@ class LanguageModelLoss:
 
 language_model = LanguageModelLoss()
 """The loss to pass as ``loss_fn`` for any causal or encoder-decoder language model."""
+
+
+def counted_labels(batch: Mapping[str, Any]) -> Tensor:
+    """Which labels of a padded batch carry loss, at their own place: bool (n, T). Nothing predicts a first token."""
+    labels = _labels(batch)
+    counted = labels != IGNORE
+    if not _aligned(batch, labels):
+        counted[:, :1] = False
+    return counted
 
 
 def predictions(
@@ -207,6 +223,11 @@ def _logits(output: Any) -> Tensor:
     if not isinstance(logits, Tensor):
         raise ShapeError(f"the model returned {type(output).__name__} without logits: expected a language model's head")
     return logits
+
+
+def _aligned(batch: Mapping[str, Any], labels: Tensor) -> bool:
+    """Whether labels line up with a decoder's positions, so that the first of them counts too."""
+    return any(k.startswith("decoder_") for k in batch) or labels.shape != batch["input_ids"].shape
 
 
 def _labels(batch: Mapping[str, Any]) -> Tensor:

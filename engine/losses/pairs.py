@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gradsift.engine.losses.language import language_model
+from gradsift.engine.losses.language import counted_labels
 from gradsift.engine.losses.softmax import IGNORE
 from gradsift.kernels.errors import DataError, ShapeError
 
@@ -65,8 +65,5 @@ def _in_turn(chosen: Tensor | None, rejected: Tensor | None, name: str) -> Tenso
 
 def counted_in(batch: Mapping[str, Any]) -> Tensor:
     """Which labels carry loss, at their own place: bool (n, 2, T)."""
-    rows = rows_of(batch)
-    counted = rows["labels"] != IGNORE
-    if not torch.equal(counted.sum(dim=1).cpu(), language_model.loss_tokens(rows)):  # nothing predicts a first token
-        counted[:, 0] = False
+    counted = counted_labels(rows_of(batch))
     return counted.view(-1, 2, counted.shape[1])
