@@ -49,7 +49,9 @@ def evaluate(
     ] = None,
     subsets: Annotated[int | None, typer.Option(help="Random halves to train on.  \\[default: 60]")] = None,
     seeds: Annotated[int | None, typer.Option(help="Trainings of each half.  \\[default: 2]")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="16 halves, one seed, no removal: a first look.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="16 halves, one seed, no removal, smaller digits: a first look.")
+    ] = False,
     cache: Annotated[Path, typer.Option(help="Where the outcome of every training is kept.")] = Path("fidelity"),
     out: Annotated[Path | None, typer.Option(help="A picture to draw, such as fidelity.png.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
@@ -79,7 +81,7 @@ def evaluate(
         raise DataError(f"--case {case.value} brings its own training and queries: leave --retrain and --queries out")
     hush()
     with ticking("making the case") as tick:
-        made = _built_in(case, cache, tick) if case is not None else _own(store, retrain, queries)
+        made = _built_in(case, cache, quick, tick) if case is not None else _own(store, retrain, queries)
     settings: dict[str, Any] = {"count": subsets or (16 if quick else 60), "seeds": seeds or (1 if quick else 2)}
     with ticking("training") as tick:
         found = run(
@@ -103,11 +105,11 @@ def evaluate(
         console.print(f"[green]done[/green]  {escape(str(out))}")
 
 
-def _built_in(case: BuiltIn, cache: Path, tick: Any) -> Any:
+def _built_in(case: BuiltIn, cache: Path, quick: bool, tick: Any) -> Any:
     if case == BuiltIn.digits:
         from gradsift.bindings.eval.cases.digits import digits_case
 
-        return digits_case()
+        return digits_case(200 if quick else 400)
     if case == BuiltIn.lm:
         from gradsift.bindings.eval.cases.lm import lm_case
 

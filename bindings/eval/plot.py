@@ -48,7 +48,8 @@ def draw(path: Path, found: Evaluation) -> None:
     for each in axes:
         each.spines[["top", "right"]].set_visible(False)
     figure.suptitle(
-        f"{found.case}: {found.examples} examples, {found.queries} queries, {found.subsets} halves x {found.seeds} seeds"
+        f"{found.case}: {found.examples} examples, {found.queries} queries, "
+        f"{found.subsets} halves x {found.seeds} seeds"
     )
     figure.savefig(path, dpi=130)
 

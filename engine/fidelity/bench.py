@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 
 from gradsift.engine.capture.frozen import evaluating
 from gradsift.engine.capture.maps import parameters_of
+from gradsift.engine.checkpoints.checkpoint import Checkpoint
 from gradsift.engine.extraction.extract import extract
 from gradsift.engine.extraction.fingerprints import adapter_fingerprint
 from gradsift.engine.fidelity.case import FidelityCase
@@ -23,7 +25,7 @@ from gradsift.engine.store.reader import FeatureStore
 from gradsift.kernels.errors import DataError, ShapeError
 from gradsift.kernels.spec import SketchSpec
 
-__all__ = ["EXACT", "LABELS", "Bench"]
+__all__ = ["EXACT", "LABELS", "Bench", "Rows"]
 
 EXACT = SketchSpec(kind="identity")
 """No sketch: whole gradients."""
@@ -38,6 +40,37 @@ _EXACT_BYTES = 3 << 30
 """Exact gradients that are kept at most."""
 
 
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Which gradients a store holds.
+
+    Attributes:
+        spec: the sketch, or ``EXACT``.
+        grouped: each parameter's apart.
+        along: None for the trained model, "plain" for its checkpoints, "adam" for Adam's updates at them.
+        curvature: with gradients of drawn labels, where the loss can draw them.
+    """
+
+    spec: SketchSpec
+    grouped: bool = False
+    along: str | None = None
+    curvature: bool = True
+
+
+class Scoring(Protocol):
+    """What has a name and scores."""
+
+    @property
+    def name(self) -> str:
+        """Of this method alone."""
+        ...
+
+    @property
+    def scores(self) -> Callable[[Bench], np.ndarray]:
+        """Gives (q, n)."""
+        ...
+
+
 class Bench:
     """What methods score with.
 
@@ -49,7 +82,9 @@ class Bench:
     def __init__(self, case: FidelityCase, folder: Path) -> None:
         self.case = case
         self._folder = folder
-        self._stores: dict[tuple[str, bool, str], FeatureStore] = {}
+        self._stores: dict[tuple[Rows, bool], FeatureStore] = {}
+        self._again: dict[int, Bench] = {}
+        self._scores: dict[str, np.ndarray] = {}
 
     @cached_property
     def model(self) -> nn.Module:
@@ -62,55 +97,74 @@ class Bench:
         return sum(p.numel() for p in parameters_of(self.model, self.case.modules).values())
 
     @cached_property
-    def curvature(self) -> int:
-        """Rows of the Fisher's sample; 0 where the loss cannot draw labels."""
+    def labels(self) -> int:
+        """Gradients of drawn labels that the Fisher is made of; 0 where the loss cannot draw any."""
         return min(LABELS * self.case.examples, _CURVATURE_ROWS) if hasattr(self.case.loss, "sampled") else 0
 
-    def store(self, spec: SketchSpec, queries: bool = False, **options: Any) -> FeatureStore:
+    @cached_property
+    def checkpoints(self) -> Sequence[Checkpoint]:
+        """Of the run that trained the model."""
+        if self.case.checkpoints is None:
+            raise DataError("the case has no checkpoints")
+        return self.case.checkpoints()
+
+    def store(self, rows: Rows, queries: bool = False) -> FeatureStore:
         """Gradients of all examples, or of all queries.
 
-        Args:
-            spec: the sketch, or ``EXACT``.
-            options: further ones of ``extract``.
-
         Raises:
-            DataError: exact gradients of so many examples would not fit.
+            DataError: exact gradients of so many examples would not fit, or the case has no checkpoints.
         """
-        rows = self.case.examples + self.curvature
-        if spec.kind == "identity" and 4 * rows * self.parameters > _EXACT_BYTES:
+        count = self.case.examples + self.labels * rows.curvature
+        if rows.spec.kind == "identity" and 4 * count * self.parameters > _EXACT_BYTES:
             raise DataError(
-                f"exact gradients of {rows:,} rows of {self.parameters:,} numbers take "
-                f"{4 * rows * self.parameters / 1e9:.1f} GB, expected at most {_EXACT_BYTES / 1e9:.1f}"
+                f"exact gradients of {count:,} rows of {self.parameters:,} numbers take "
+                f"{4 * count * self.parameters / 1e9:.1f} GB, expected at most {_EXACT_BYTES / 1e9:.1f}"
             )
-        key = (spec.to_json(), queries, repr(sorted(options.items())))
-        if key not in self._stores:
-            self._stores[key] = self._extract(spec, queries, key, options)
-        return self._stores[key]
+        if queries:
+            rows = replace(rows, curvature=False, along=rows.along and "plain")
+        if (rows, queries) not in self._stores:
+            self._stores[rows, queries] = self._extract(rows, queries)
+        return self._stores[rows, queries]
 
-    def scores(self, scorer: Any, spec: SketchSpec, damping: float | None = None, **options: Any) -> np.ndarray:
+    def scores(self, scorer: Any, rows: Rows, damping: float | None = None) -> np.ndarray:
         """Scores of all examples for all queries, float64 (q, n)."""
-        blocks = stream_scores(
-            self.store(spec, **options), self.store(spec, queries=True, **options), scorer, damping=damping
-        )
+        blocks = stream_scores(self.store(rows), self.store(rows, queries=True), scorer, damping=damping)
         return np.concatenate([block for _, block in blocks], axis=1)
+
+    def remembered(self, candidate: Scoring) -> np.ndarray:
+        """A candidate's scores, worked out once."""
+        if candidate.name not in self._scores:
+            self._scores[candidate.name] = candidate.scores(self)
+        return self._scores[candidate.name]
+
+    def own(self, scorer: Any, rows: Rows) -> np.ndarray:
+        """Scores of all examples by a scorer that compares no queries, float64 (n,)."""
+        return np.concatenate([block[0] for _, block in stream_scores(self.store(rows), None, scorer)])
+
+    def again(self, seed: int) -> Bench:
+        """The same with a model trained on everything under another seed."""
+        if seed not in self._again:
+            model = self.case.retrain(range(self.case.examples), seed)
+            self._again[seed] = Bench(replace(self.case, model=model), self._folder)
+        return self._again[seed]
 
     @property
     def any_store(self) -> FeatureStore:
         """A store of all examples, for what every one of them holds: losses and exact norms."""
-        made = [store for (_, queries, _), store in self._stores.items() if not queries]
-        return made[0] if made else self.store(SketchSpec(dim=1024))
+        made = [store for (rows, queries), store in self._stores.items() if not queries and rows.along is None]
+        return made[0] if made else self.store(Rows(SketchSpec(dim=1024)))
 
     @cached_property
     def queries(self) -> int:
         """How many queries there are."""
-        return len(self.store(self.any_store.spec, queries=True))
+        return sum(len(self.case.loss(self.model, batch)) for batch in self.case.queries)
 
     @cached_property
     def exact_fisher(self) -> ExactFisher:
         """The true Fisher by exact gradients."""
-        if not self.curvature:
+        if not self.labels:
             raise DataError("the loss cannot draw labels (it has no .sampled), so there is no true Fisher")
-        return ExactFisher(self.store(EXACT), self.store(EXACT, queries=True))
+        return ExactFisher(self.store(Rows(EXACT)), self.store(Rows(EXACT), queries=True))
 
     def embedded(self, embed: Callable[[nn.Module, Any], Any], model: nn.Module | None = None) -> tuple[Any, Any]:
         """What a function gives for all queries and for all examples: float64 (q, d) and (n, d)."""
@@ -122,20 +176,24 @@ class Bench:
             )
         return asked, known
 
-    def _extract(self, spec: SketchSpec, queries: bool, key: Any, options: Any) -> FeatureStore:
+    def _extract(self, rows: Rows, queries: bool) -> FeatureStore:
         case = self.case
-        made_from = f"{key}{adapter_fingerprint(parameters_of(self.model, case.modules))}{self.curvature}"
-        name = hashlib.blake2b(made_from.encode(), digest_size=8).hexdigest()
+        model = adapter_fingerprint(parameters_of(self.model, case.modules))
+        name = hashlib.blake2b(f"{rows}{queries}{self.labels}{model}".encode(), digest_size=8).hexdigest()
+        along: list[Checkpoint] | None = None
+        if rows.along is not None:
+            along = [c if rows.along == "adam" else replace(c, adam=None) for c in self.checkpoints]
         store = extract(
             self.model,
             _Numbered(case.queries if queries else case.batches),
             case.loss,
             self._folder / f"{name}.zarr",
-            spec=spec,
+            spec=rows.spec,
             modules=case.modules,
-            curvature=0 if queries else self.curvature,
+            groups="parameter" if rows.grouped else None,
+            checkpoints=along,
+            curvature=self.labels if rows.curvature and not queries else 0,
             progress=False,
-            **options,
         )
         if not queries and len(store) != case.examples:
             raise ShapeError(

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from gradsift.engine.fidelity.bench import EXACT, Bench
+from gradsift.engine.fidelity.bench import EXACT, Bench, Rows
+from gradsift.engine.scorers.protocol import name_of
 from gradsift.kernels.spec import SketchSpec
 
-__all__ = ["Candidate", "exact", "exact_fisher", "sketched"]
+__all__ = ["Candidate", "alone", "exact", "exact_fisher", "sketched"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +24,7 @@ class Candidate:
         family: "baseline", "exact" (gradients kept whole), "sketch", "codes" (a compacted store) or "own".
         scores: ``scores(bench) -> (q, n)``, positive = training on the example lowers the query's loss.
         bytes: ``bytes(bench)``, what is kept of one example; None where that is not the point.
-        truth: ``truth(bench) -> (q, n)``, the same formula by exact gradients, to say how much of it survives.
+        truth: the same formula by exact gradients, to say how much of it survives.
         suspicion: ``suspicion(bench) -> (n,)``, higher = more likely mislabelled; less than the mean score for the
             queries unless given.
         method: the name in `gradsift methods` of what it measures; None for baselines.
@@ -33,7 +34,7 @@ class Candidate:
     family: str
     scores: Callable[[Bench], np.ndarray] | None
     bytes: Callable[[Bench], int] | None = None
-    truth: Callable[[Bench], np.ndarray] | None = None
+    truth: Candidate | None = None
     suspicion: Callable[[Bench], np.ndarray] | None = None
     method: str | None = None
 
@@ -43,34 +44,65 @@ def exact(scorer: str) -> Candidate:
     return Candidate(
         f"exact {scorer}",
         "exact",
-        lambda bench: bench.scores(scorer, EXACT),
+        lambda bench: bench.scores(scorer, Rows(EXACT, curvature=bench.labels > 0)),
         lambda bench: 4 * bench.parameters,
         method=scorer,
     )
 
 
-def exact_fisher(damping: float, labels: int | None = None) -> Candidate:
-    """Exact gradients and the damped true Fisher."""
+def exact_fisher(damping: float, labels: int | None = None, models: int = 1) -> Candidate:
+    """Exact gradients and the damped true Fisher; of several models, trained under seeds 0, 1, ..., the mean score."""
     drawn = "" if labels is None else f", {labels} label" + "s" * (labels > 1)
+
+    def scores(bench: Bench) -> np.ndarray:
+        benches = [bench, *(bench.again(seed) for seed in range(1, models))]
+        return np.asarray(np.mean([each.exact_fisher.scores(damping, labels) for each in benches], axis=0))
+
     return Candidate(
-        f"exact fisher, k {damping:g}{drawn}",
+        f"exact fisher, k {damping:g}{drawn}" + (f", {models} models" if models > 1 else ""),
         "exact",
-        lambda bench: bench.exact_fisher.scores(damping, labels),
-        lambda bench: 4 * bench.parameters,
+        scores,
+        lambda bench: 4 * bench.parameters * models,
         suspicion=lambda bench: bench.exact_fisher.own(damping),
         method="fisher",
     )
 
 
-def sketched(scorer: Any, dim: int, damping: float | None = None, truth: Candidate | None = None) -> Candidate:
-    """A scorer inside a sketch, as ``topk`` uses it."""
-    spec = SketchSpec(dim=dim)
+def sketched(
+    scorer: Any,
+    dim: int,
+    damping: float | None = None,
+    truth: Candidate | None = None,
+    *,
+    grouped: bool = False,
+    along: str | None = None,
+) -> Candidate:
+    """A scorer inside a sketch, as ``topk`` uses it.
+
+    Args:
+        scorer: a name, or a scorer of your own.
+        grouped, along: as of ``Rows``.
+    """
+    own = not isinstance(scorer, str)
+    rows = Rows(SketchSpec(dim=dim), grouped, along, curvature=along is None and not grouped)
     k = "" if damping is None else f", k {damping:g}"
+    after = ", checkpoints" if along is not None else ""
     return Candidate(
-        f"{scorer}{k}, dim {dim}",
+        f"{name_of(scorer) if own else scorer}{k}{after}, dim {dim}",
+        "own" if own else "sketch",
+        lambda bench: bench.scores(scorer, rows, damping),
+        lambda bench: int(np.prod(bench.store(rows).features.shape[1:])) * 4,
+        truth,
+        method=None if own else scorer,
+    )
+
+
+def alone(scorer: str) -> Candidate:
+    """A scorer of examples alone: it says what is odd, not what helps whom."""
+    return Candidate(
+        scorer,
         "sketch",
-        lambda bench: bench.scores(scorer, spec, damping),
-        lambda bench: 4 * dim,
-        None if truth is None else truth.scores,
+        None,
+        suspicion=lambda bench: bench.own(scorer, Rows(SketchSpec(dim=4096))),
         method=scorer,
     )

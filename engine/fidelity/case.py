@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from gradsift.engine.capture.capture import LossFunction
 from gradsift.engine.capture.maps import Modules
+from gradsift.engine.checkpoints.checkpoint import Checkpoint
 from gradsift.engine.extraction.fingerprints import batch_hash, loss_kind
 from gradsift.kernels.errors import DataError, ShapeError
 
@@ -39,6 +40,8 @@ class FidelityCase:
         modules: whose gradients are taken, as of ``Capture``.
         outputs: ``outputs(model) -> (q,)``, the losses that are to be predicted; ``loss`` of the queries unless given.
         model: the model whose gradients are taken; ``retrain`` on everything with seed 0 unless given.
+        checkpoints: gives those of the run that trained ``model``, with learning rates and Adam's moments, for methods
+            that follow training.
         before: the model before training, for the baseline that compares activations.
         texts, query_texts: what BM25 reads.
         states: ``states(model, batch) -> (n, d)``, such as mean hidden states, for neighbours in the model's eyes.
@@ -57,6 +60,7 @@ class FidelityCase:
     modules: Modules = "lora"
     outputs: Callable[[Any], Any] | None = None
     model: nn.Module | None = None
+    checkpoints: Callable[[], Sequence[Checkpoint]] | None = None
     before: nn.Module | None = None
     texts: Sequence[str] | None = None
     query_texts: Sequence[str] | None = None

@@ -91,6 +91,9 @@ def evaluate(
     losses = losses.reshape(seeds, count, -1)
     scored, left_out = _score(candidates, bench, progress)
     rows = [_row(one, bench, chosen, losses.mean(axis=0)) for one in scored]
+    if removed and int(remove * case.examples) < 1:
+        left_out["QLD"] = f"a share of {remove:g} is less than one of {case.examples} examples"
+        removed = ()
     rows = _remove(rows, scored, outcomes, removed, remove, min(remove_queries, losses.shape[2]), seeds, progress)
     return Evaluation(
         case.name, case.examples, losses.shape[2], count, seeds, reliability(losses), tuple(rows), left_out
@@ -123,7 +126,7 @@ def _score(candidates: Sequence[Candidate], bench: Bench, progress: Progress) ->
     for done, candidate in enumerate(candidates):
         progress("scoring", done, len(candidates))
         try:
-            scores = None if candidate.scores is None else candidate.scores(bench)
+            scores = None if candidate.scores is None else bench.remembered(candidate)
             suspicion = None
             if bench.case.wrong is not None:
                 suspicion = _suspicion(candidate, bench, scores)
@@ -146,13 +149,14 @@ def _suspicion(candidate: Candidate, bench: Bench, scores: np.ndarray | None) ->
 
 def _row(one: _Scored, bench: Bench, chosen: np.ndarray, losses: np.ndarray) -> Row:
     case, candidate, scores = bench.case, one.candidate, one.scores
+    top = min(_TOP, case.examples)
     row = Row(candidate.name, candidate.family, candidate.method, one.bytes)
     if scores is not None:
         row = replace(row, lds=lds(scores, chosen, losses))
         if case.labels is not None and case.query_labels is not None:
-            row = replace(row, classes=class_recall(scores, case.labels, case.query_labels, _TOP))
+            row = replace(row, classes=class_recall(scores, case.labels, case.query_labels, top))
         if candidate.truth is not None:
-            row = replace(row, agreement=agreement(scores, candidate.truth(bench), _TOP))
+            row = replace(row, agreement=agreement(scores, bench.remembered(candidate.truth), top))
     if one.suspicion is not None and case.wrong is not None:
         row = replace(row, auc=auc(one.suspicion, case.wrong))
     return row

@@ -17,7 +17,7 @@ from gradsift.engine.losses import classification
 
 __all__ = ["digits_case"]
 
-_TUNED, _QUERIES, _BASE = 400, 100, 900
+_QUERIES, _BASE = 100, 900
 _WRONG = 0.1
 _HIDDEN = 64
 _RANK = 8
@@ -42,16 +42,16 @@ class Network(nn.Module):
         return torch.tanh(self.second(torch.tanh(self.first(pixels))))
 
 
-def digits_case(seed: int = 0) -> FidelityCase:
-    """400 digits, 40 of them mislabelled, tuned on by a LoRA of a network that knows turned digits; 100 queries."""
+def digits_case(examples: int = 400, seed: int = 0) -> FidelityCase:
+    """Digits, a tenth of them mislabelled, on which a LoRA of a network that knows turned ones is tuned; 100 queries."""
     data = require("sklearn.datasets").load_digits()
     images, truth = torch.from_numpy(data.images / 16).float(), data.target.astype(np.int64)
     order = np.random.default_rng(seed).permutation(len(truth))
-    tuned, asked, other = np.split(order[: _TUNED + _QUERIES + _BASE], [_TUNED, _TUNED + _QUERIES])
+    tuned, asked, other = np.split(order[: examples + _QUERIES + _BASE], [examples, examples + _QUERIES])
     rng = np.random.default_rng(seed + 1)
-    wrong = np.zeros(_TUNED, dtype=bool)
-    wrong[rng.choice(_TUNED, int(_WRONG * _TUNED), replace=False)] = True
-    said = np.where(wrong, (truth[tuned] + rng.integers(1, 10, _TUNED)) % 10, truth[tuned])
+    wrong = np.zeros(examples, dtype=bool)
+    wrong[rng.choice(examples, int(_WRONG * examples), replace=False)] = True
+    said = np.where(wrong, (truth[tuned] + rng.integers(1, 10, examples)) % 10, truth[tuned])
     base = _base(images[other].rot90(1, (1, 2)).flatten(1), torch.from_numpy(truth[other]))
     pixels, labels = images[tuned].flatten(1), torch.from_numpy(said)
 
@@ -60,8 +60,8 @@ def digits_case(seed: int = 0) -> FidelityCase:
 
     return FidelityCase(
         name="digits",
-        key=f"1 {seed} {torch.stack([p.detach().double().sum() for p in base.parameters()]).sum():.6f}",
-        examples=_TUNED,
+        key=f"1 {seed} {examples} {torch.stack([p.detach().double().sum() for p in base.parameters()]).sum():.6f}",
+        examples=examples,
         retrain=retrain,
         batches=[{"pixels": pixels, "labels": labels}],
         queries=[{"pixels": images[asked].flatten(1), "labels": torch.from_numpy(truth[asked])}],

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from gradsift.engine.checkpoints.adam import adam_moments
+from gradsift.engine.checkpoints.checkpoint import Checkpoint
 from gradsift.engine.extras import require
 from gradsift.engine.fidelity.case import FidelityCase
 from gradsift.engine.losses import language_model
@@ -64,6 +66,11 @@ def lm_case(folder: Path, plan: LMPlan | None = None, report: Callable[[int, int
     def retrain(rows: Sequence[int], seed: int) -> nn.Module:
         return _tune(base, source.records, rows, seed, plan)
 
+    def checkpoints() -> list[Checkpoint]:
+        kept: list[Checkpoint] = []
+        _tune(base, source.records, range(len(source.records)), 0, plan, kept)
+        return kept
+
     return FidelityCase(
         name="lm",
         key=f"1{key} {source.fingerprint}",
@@ -72,6 +79,7 @@ def lm_case(folder: Path, plan: LMPlan | None = None, report: Callable[[int, int
         batches=_batches(source.records),
         queries=_batches(source.queries),
         loss=language_model,
+        checkpoints=checkpoints,
         before=base,
         texts=_texts(source.records),
         query_texts=_texts(source.queries),
@@ -180,8 +188,19 @@ def _pretrain(model: nn.Module, source: _Source, plan: LMPlan, report: Callable[
             report(step + 1, plan.pretraining)
 
 
-def _tune(base: nn.Module, records: Tensor, rows: Sequence[int], seed: int, plan: LMPlan) -> nn.Module:
-    """A LoRA of rank 4 on every linear map, tuned on these records; the base stays as it was."""
+def _tune(
+    base: nn.Module,
+    records: Tensor,
+    rows: Sequence[int],
+    seed: int,
+    plan: LMPlan,
+    checkpoints: list[Checkpoint] | None = None,
+) -> nn.Module:
+    """A LoRA of rank 4 on every linear map, tuned on these records; the base stays as it was.
+
+    Args:
+        checkpoints: gets one at the end of every epoch.
+    """
     peft = require("peft")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -194,13 +213,19 @@ def _tune(base: nn.Module, records: Tensor, rows: Sequence[int], seed: int, plan
     kept[list(rows)] = True
     epochs = [(p := torch.randperm(len(records), generator=order))[kept[p]] for _ in range(plan.epochs)]
     batches = [batch for epoch in epochs for batch in epoch.split(plan.batch)]
+    rates: list[float] = []
     for step, batch in enumerate(batches):
-        for group in optimizer.param_groups:
-            group["lr"] = plan.rate * min(1.0, (step + 1) / (0.1 * len(batches))) * (1 - step / len(batches))
+        rates.append(plan.rate * min(1.0, (step + 1) / (0.1 * len(batches))) * (1 - step / len(batches)))
+        optimizer.param_groups[0]["lr"] = rates[-1]
         _mean_loss(model, records[batch]).backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if checkpoints is not None and (step + 1) % (len(batches) // plan.epochs) == 0:
+            weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+            moments = adam_moments(optimizer, model)
+            mean = float(np.mean(rates[-(len(batches) // plan.epochs) :]))
+            checkpoints.append(Checkpoint(weights, mean, moments, f"epoch {len(checkpoints) + 1}"))
     return model.eval()
 
 
