@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from models import error, oracle
 from torch import Tensor, nn
 from torch.nn import functional
 
 import gradsift as gs
 from gradsift.engine.losses import Margin, classification
-from tests.models import error, oracle
 
 CLASSES = 5
 

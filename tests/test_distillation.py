@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from models import SPEC, VOCAB, error, llama, one, oracle, padded_batch, with_lora
 from torch import Tensor, nn
 from torch.nn import functional
 
 import gradsift as gs
 from gradsift.engine.losses import IGNORE, Distillation, language_model
-from tests.models import SPEC, VOCAB, error, llama, one, oracle, padded_batch, with_lora
 
 
 def taught(k: int | None = None, temperature: float = 1.0) -> dict[str, Any]:

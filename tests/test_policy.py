@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from models import SPEC, VOCAB, error, llama, oracle, with_lora
 from torch import Tensor, nn
 from torch.nn import functional
 
 import gradsift as gs
 from gradsift.engine.losses import IGNORE, PolicyGradient
-from tests.models import SPEC, VOCAB, error, llama, oracle, with_lora
 
 SIZES = (3, 2, 4)
 ROWS, WIDTH = sum(SIZES), 10

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from models import SPEC, VOCAB, error, llama, oracle, with_lora
 from torch import Tensor, nn
 from torch.nn import functional
 
 import gradsift as gs
 from gradsift.engine.capture.maps import parameters_of
 from gradsift.engine.losses import DPO, IGNORE
-from tests.models import SPEC, VOCAB, error, llama, oracle, with_lora
 
 PAIRS = 4
 FORMS = [
