@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from gradsift.bindings.diffusion.pipelines import Pipeline
     from gradsift.engine.losses import Diffusion
 
+_PARTS_SHOWN = 12
+"""Parts of a row whose norms are printed."""
+
 __all__ = ["describe", "print_image_survey", "print_info", "print_survey"]
 
 
@@ -43,7 +46,7 @@ def describe(store: FeatureStore) -> dict[str, Any]:
         "mean_loss": float(loss.sum() / (tokens or len(loss))) if len(loss) else None,
         "grad_norm": quantiles[0] if len(quantiles) == 1 else None,
         "parts": [
-            {"timestep": part["timestep"], "grad_norm": norm}
+            {"checkpoint": part["checkpoint"], "timestep": part["timestep"], "group": part["group"], "grad_norm": norm}
             for part, norm in zip(store.parts, quantiles, strict=False)
         ],
         "bytes": sum(file.stat().st_size for file in store.path.rglob("*") if file.is_file()),
@@ -73,10 +76,18 @@ def print_info(console: Console, store: FeatureStore, verified: bool) -> None:
     if found["mean_loss"] is not None:
         unit = "token" if found["loss_tokens"] is not None else "example"
         pairs.append(("mean loss", f"{found['mean_loss']:.3f} per {unit}"))
-    for part in found["parts"]:
+    applied = store.metadata.get("preconditioner")
+    if applied:
+        pairs.append(("rows of", f"Adam's updates, in the form of {applied['form']}"))
+    what = "update" if applied else "gradient"
+    for part in found["parts"][:_PARTS_SHOWN]:
         low, middle, high = part["grad_norm"]
         where = "" if part["timestep"] is None else f" at timestep {part['timestep']:g}"
-        pairs.append((f"gradient norm{where}", f"{middle:.3g} (5 % below {low:.3g}, 5 % above {high:.3g})"))
+        where += "" if part["checkpoint"] is None else f" at {part['checkpoint']}"
+        where += "" if part["group"] is None else f" of {part['group']}"
+        pairs.append((f"{what} norm{where}", f"{middle:.3g} (5 % below {low:.3g}, 5 % above {high:.3g})"))
+    if len(found["parts"]) > _PARTS_SHOWN:
+        pairs.append(("", f"and {len(found['parts']) - _PARTS_SHOWN:,} more parts (--json prints all)"))
     facts(console, [(name, value) for name, value in pairs if value is not None])
 
 

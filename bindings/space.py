@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,8 +13,10 @@ from torch import Tensor, nn
 from gradsift.engine.capture.capture import Capture
 from gradsift.engine.capture.features import Features
 from gradsift.engine.capture.maps import Modules, parameters_of
+from gradsift.engine.checkpoints.checkpoint import Checkpoint
+from gradsift.engine.checkpoints.snapshots import Snapshots
 from gradsift.engine.extraction.fingerprints import adapter_fingerprint, model_fingerprint
-from gradsift.engine.extraction.passes import parts_of
+from gradsift.engine.extraction.passes import capture_parts, parts_of
 from gradsift.engine.store.reader import FeatureStore
 from gradsift.kernels.errors import DataError
 
@@ -76,6 +79,8 @@ class Space:
         data: the examples.
         places: where "model" and "adapter" are, for what is said when they have changed.
         summed: the same loss where ``loss`` keeps parts apart: one number per example, the sum over its parts.
+        checkpoints: at which the store's rows were taken, the last of which the model is at; queries are taken at all
+            of them, as plain gradients.
 
     Raises:
         DataError: the model or the adapter is another one than the store was made with.
@@ -90,9 +95,11 @@ class Space:
         data: Examples,
         places: Mapping[str, str],
         summed: Loss | None = None,
+        checkpoints: Sequence[Checkpoint] = (),
     ) -> None:
         self.store, self.model, self.loss, self.modules, self.data = store, model, loss, modules, data
         self.summed = summed or loss
+        self.checkpoints = checkpoints
         self._compare(places)
 
     def _compare(self, places: Mapping[str, str]) -> None:
@@ -115,11 +122,21 @@ class Space:
         starts = range(0, len(questions), _AT_ONCE)
         groups = [range(start, min(start + _AT_ONCE, len(questions))) for start in starts]
         together = len(parts_of(self.loss))
-        parts = [capture(questions.fetch(group), self.loss).fold(together) for group in groups]
+        snapshots = None
+        if self.checkpoints:
+            snapshots = Snapshots(self.model, self.checkpoints, parameters_of(self.model, self.modules))
+        with nullcontext() if snapshots is None else snapshots.mounted():
+            parts = [
+                capture_parts(capture, questions.fetch(group), self.loss, together, snapshots).features
+                for group in groups
+            ]
+        values = torch.cat([part.values for part in parts])
+        norms = torch.cat([part.grad_norm for part in parts])
+        one = values.shape[1] == 1
         return Features(
-            torch.cat([part.values for part in parts]),
+            values[:, 0] if one else values,
             torch.cat([part.loss for part in parts if part.loss is not None]),
-            torch.cat([part.grad_norm for part in parts]),
+            norms[:, 0] if one else norms,
             parts[0].spec,
             parts[0].table,
             parts[0].loss_kind,

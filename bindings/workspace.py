@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from gradsift.bindings.checkpoints import checkpoints_from, put_last
 from gradsift.bindings.data import Dataset
 from gradsift.bindings.encode import Encoder, form_of
 from gradsift.bindings.models import Loaded, load
@@ -33,6 +34,7 @@ class Notes:
         modules: what was captured.
         max_length, eos: how records became tokens, see ``Encoder``.
         trained_on: what carries loss, in words.
+        checkpoints: folders at which rows were taken, in order; absolute. None for the model as it is.
     """
 
     model: str
@@ -44,6 +46,7 @@ class Notes:
     max_length: int = 1024
     eos: bool = True
     trained_on: str = ""
+    checkpoints: list[str] | None = None
 
 
 def remembered(store: FeatureStore) -> Notes:
@@ -79,7 +82,11 @@ class Workspace(Space):
             notes.model, notes.adapter, tokenizer=notes.tokenizer, dtype=notes.dtype, device=device
         )
         places = {"model": notes.model, "adapter": notes.adapter or notes.model}
-        super().__init__(store, self.loaded.model, language_model, notes.modules, self._open(notes.data), places)
+        checkpoints = checkpoints_from(notes.checkpoints or [])
+        if checkpoints:
+            put_last(self.loaded.model, checkpoints, notes.modules)
+        data = self._open(notes.data)
+        super().__init__(store, self.loaded.model, language_model, notes.modules, data, places, checkpoints=checkpoints)
 
     def _open(self, path: str, records: Any = None, check: bool = False) -> Dataset:
         records = open_records(path) if records is None else records

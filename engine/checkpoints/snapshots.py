@@ -44,12 +44,12 @@ class Snapshots:
         if not checkpoints:
             raise DataError("checkpoints is empty: give at least one Checkpoint, or leave it out")
         self.names = names(checkpoints)
-        self.learning_rates = learning_rates(checkpoints)
         self.preconditioner = _preconditioner(checkpoints, self.names)
         self._weights = [
             self._read(model, checkpoint, name, captured)
             for checkpoint, name in zip(checkpoints, self.names, strict=True)
         ]
+        self.learning_rates = learning_rates(checkpoints)
         device = next(iter(captured.values())).device
         self.adam: list[AdamMoments | None] = [
             None if checkpoint.adam is None else checkpoint.adam.to(device) for checkpoint in checkpoints
