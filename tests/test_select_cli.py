@@ -177,3 +177,9 @@ def test_methods_prints_what_exists(cli: Cli, monkeypatch: pytest.MonkeyPatch, c
     assert {"name", "formula", "needs", "cost", "source", "published"} <= found["scorers"][0].keys()
     assert "lam" in next(one for one in found["selectors"] if one["name"] == "diverse")["options"]
     assert [one["name"] for one in found["corrections"]] == ["none", "fisher", "ekfac", "ggn"]
+
+
+def test_help_names_every_method(cli: Cli) -> None:
+    shown = cli("select", "--help").out
+    assert [name for name in SELECTORS if name not in shown] == []
+    assert "methods" in cli("--help").out

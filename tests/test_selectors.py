@@ -108,6 +108,15 @@ def test_top_takes_scorers_that_are_not_linear(reduce: Any) -> None:
     assert chosen.scorer == "Alone"
 
 
+def test_a_scorer_of_rows_alone_needs_no_targets() -> None:
+    rows = random_rows(ROWS, DIM) * torch.arange(1, ROWS + 1)[:, None]
+    chosen = gs.select(MemoryStore(rows, 7), None, 5, scorer="self")
+    np.testing.assert_array_equal(chosen.rows, dense_order(rows.double().norm(dim=1).numpy()[None] ** 2, 5)[0])
+    assert chosen.reasons == ["by itself"] * 5
+    with pytest.raises(gs.SpecError, match="scores rows alone"):
+        gs.select(MemoryStore(rows, 7), targets(), 5, scorer="self")
+
+
 def test_seeds_rank_first_when_a_flagged_set_is_expanded() -> None:
     rows = random_rows(ROWS, DIM)
     seeds = [4, 17, 60]

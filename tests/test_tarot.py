@@ -80,6 +80,8 @@ def test_reasons_name_the_neighbour() -> None:
     first = int(cosine.max(axis=1).argmax())
     assert chosen.reasons is not None
     assert chosen.reasons[0] == f"neighbour 1 of target {first}"
+    named = gs.select(MemoryStore(rows()), targets(), 3, "tarot", tasks=["x", "y", "x"])
+    assert named.reasons == [f"{reason}, task {'xyx'[int(reason[-1])]!r}" for reason in chosen.reasons]
 
 
 def test_whitened_rows_have_unit_covariance_and_mahalanobis_products() -> None:

@@ -27,6 +27,8 @@ __all__ = ["Tarot"]
 class Tarot:
     """Layers of nearest rows until the budget is full; or as many as bring the distributions closest.
 
+    Tasks only name the targets in the reasons: all targets count alike.
+
     Args:
         rule: "fixed_size" takes every target's nearest row, then every second nearest, and so on; the layer that
             overflows is ordered by its transport potentials, largest first. "otm" finds how many by itself: the
@@ -88,24 +90,19 @@ class Tarot:
 
     def _by_layers(self, budget: int) -> Choice:
         taken: dict[int, tuple[float, str]] = {}
-        pool = np.empty(0, np.int64)
+        late: dict[int, tuple[float, str]] = {}
         for depth, (rows, cosines) in enumerate(self._near.layers(), start=1):
-            fresh = self._fresh(rows, cosines, depth, taken)
-            pool = np.array([*taken, *fresh], dtype=np.int64)
-            if len(pool) > budget:
-                moved = transport(self._near.distances(pool))
-                late = np.array(list(fresh), dtype=np.int64)
-                order = best_first(settle(moved.f[len(taken) :]), late)[: budget - len(taken)]
-                potentials = np.concatenate([moved.f[: len(taken)], moved.f[len(taken) :][order]])
-                taken |= {int(row): fresh[int(row)] for row in late[order]}
+            late = self._fresh(rows, cosines, depth, taken)
+            if len(taken) + len(late) > budget:
                 break
-            taken |= fresh
-            if len(pool) == budget:
-                potentials = transport(self._near.distances(pool)).f
+            taken, late = taken | late, {}
+            if len(taken) == budget:
                 break
-        else:
-            potentials = transport(self._near.distances(pool)).f
-        return _choice(taken, potentials, None)
+        pool = np.array([*taken, *late], dtype=np.int64)
+        potentials = dict(zip(pool.tolist(), settle(transport(self._near.distances(pool)).f).tolist(), strict=True))
+        filling = sorted(late, key=lambda row: (-potentials[row], row))[: budget - len(taken)]
+        taken |= {row: late[row] for row in filling}
+        return _choice(taken, np.array([potentials[row] for row in taken]), None)
 
     def _by_distance(self) -> Choice:
         count = len(self._targets.queries.values)
@@ -148,8 +145,12 @@ class Tarot:
         for place in best_first(cosines, rows).tolist():
             row, target = int(rows[place]), place if which is None else int(which[place])
             if row not in taken and row not in fresh:
-                fresh[row] = (float(cosines[place]), f"neighbour {depth} of target {target}")
+                fresh[row] = (float(cosines[place]), f"neighbour {depth} of target {target}{self._task(target)}")
         return fresh
+
+    def _task(self, target: int) -> str:
+        tasks = self._targets.tasks
+        return f", {tasks.text(int(tasks.index[target]))}" if tasks.named else ""
 
 
 def _choice(taken: dict[int, tuple[float, str]], potentials: np.ndarray, facts: dict[str, float] | None) -> Choice:

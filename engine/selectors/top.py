@@ -126,6 +126,8 @@ class Top:
 
     def _reasons(self, rows: np.ndarray) -> list[str] | None:
         """Which task a row helps most; None where the store is compacted."""
+        if self._influence.prepared.queries is None:
+            return ["by itself"] * len(rows)
         if self.reduce == "mean" and len(self._tasks) > 1:
             return [f"mean over {len(self._tasks)} {'tasks' if self._tasks.named else 'targets'}"] * len(rows)
         if len(self._tasks) == 1:
