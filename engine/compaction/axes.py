@@ -25,7 +25,7 @@ from gradsift.kernels.errors import StoreError
 
 __all__ = ["Axes", "Principal", "principal_axes"]
 
-_SMALLEST = 1e-9
+_SMALLEST = 1e-7
 """Variances below this share of the largest are rounding: no row reaches along their axes."""
 
 _SEED = 0x5EED
