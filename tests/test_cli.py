@@ -129,6 +129,34 @@ def test_query_finds_a_training_example_by_itself(store: str, cli: Cli) -> None:
             assert rows[0]["score"] == pytest.approx(1.0, abs=1e-3)
 
 
+@pytest.mark.parametrize("method", ["none", "fisher", "ekfac", "ggn"])
+def test_query_scores_exactly_along_a_curvature(site: Site, store: str, cli: Cli, method: str) -> None:
+    asked = ("--prompt", "the cat", "--completion", " sat on the mat", "-k", "4", "--device", "cpu")
+    done = cli("query", store, *asked, "--method", method, "--damping", "0.5", "--json")
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    assert found["exact"]
+    assert found["method"] == method
+    rows = found["queries"][0]["most"]
+    assert [row["score"] for row in rows] == sorted((row["score"] for row in rows), reverse=True)
+    for row in rows:
+        assert sum(share for _, share in row["tokens"]) == pytest.approx(row["score"], rel=1e-3)
+    if method == "none":
+        assert found["curvature"] == []
+        return
+    (curvature,) = found["curvature"]
+    assert curvature["k"] == 0.5
+    assert curvature["lambda"] > 0
+    assert curvature["steps"] == {"fisher": 4, "ekfac": 0, "ggn": 6}[method]
+    assert not Path(f"{store}.solving").exists()
+    assert method == "fisher" or Path(f"{store}.ekfac").exists()
+    said = cli("query", store, *asked, "--method", method, "--held-out", site.targets)
+    assert said.code == 0, said.err
+    assert f"exact gradients of a short list along {method} (k = " in " ".join(said.out.split())
+    if method == "fisher":
+        assert "fisher: at most 9 passes over the sample (27 batches), about" in said.err
+
+
 def test_query_prints_every_question_and_both_ends(site: Site, store: str, cli: Cli) -> None:
     done = cli("query", store, "--data", site.targets, "-k", "2", "--least")
     assert done.code == 0, done.err

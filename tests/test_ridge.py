@@ -1,8 +1,8 @@
 """Ridge regression end to end: extraction, curvature, solve and sign against the exact leave-one-out identity.
 
-For rows x_i with residuals r_i and ``A = X'X + a I``, taking example i out of the training set moves the prediction at
-x by exactly ``-x' A^-1 x_i r_i / (1 - h_ii)`` with ``h_ii = x_i' A^-1 x_i``. The gradients are ``-r_i x_i``; labels drawn
-as prediction plus or minus 1 have gradients ``-+x_i``, whose second moment is ``X'X / n`` without any error.
+For rows x_i with residuals r_i and ``A = X'X + a I``, taking example i out of the training set moves the prediction
+at x by exactly ``-x' A^-1 x_i r_i / (1 - h_ii)`` with ``h_ii = x_i' A^-1 x_i``. The gradients are ``-r_i x_i``; labels
+drawn as prediction plus or minus 1 have gradients ``-+x_i``, whose second moment is ``X'X / n`` without any error.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def test_a_positive_score_helps_the_query(ridge: Ridge) -> None:
 
 
 def test_evidence_finds_the_ridge_of_the_model(ridge: Ridge) -> None:
-    """A gap of ``mean r_i^2 h_ii``, which leaving one out has to first order, asks for the ridge whose h_ii these are."""
+    """A gap of ``mean r_i^2 h_ii``, leaving one out to first order, asks for the ridge whose h_ii these are."""
     residuals = ridge.y - ridge.model(ridge.x)[:, 0].detach()
     seen = residuals.square() / 2
     rises = []

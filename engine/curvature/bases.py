@@ -47,10 +47,12 @@ class Side:
     def axes(self) -> Tensor:
         """Orthonormal columns, largest first: float64 (d, d), or (d, rank)."""
         if self._test is None:
-            return torch.linalg.eigh(self._total).eigenvectors.flip(1)
+            axes: Tensor = torch.linalg.eigh(self._total).eigenvectors.flip(1)
+            return axes
         shift = torch.finfo(torch.float64).eps * float(torch.linalg.matrix_norm(self._total)) + 1e-300
         image = self._total + shift * self._test
         inner = self._test.mT @ image
         half = torch.linalg.cholesky((inner + inner.mT) / 2).mT
         root = torch.linalg.solve_triangular(half, image, upper=True, left=False)
-        return torch.linalg.svd(root, full_matrices=False).U[:, : self._rank].contiguous()
+        left: Tensor = torch.linalg.svd(root, full_matrices=False).U
+        return left[:, : self._rank].contiguous()

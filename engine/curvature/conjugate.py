@@ -72,7 +72,7 @@ class Checkpoint:
         try:
             with self.path.open("rb") as file, np.load(file, allow_pickle=False) as kept:
                 found = {name: kept[name] for name in kept.files}
-            vectors = [torch.from_numpy(found[name]) for name in ("answer", "residual", "move")]
+            answer, residual, move = (torch.from_numpy(found[name]) for name in ("answer", "residual", "move"))
             key, (product, first), lengths = str(found["key"]), found["numbers"].tolist(), found["lengths"].tolist()
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise StoreError(f"{self.path} cannot be read as a solver's state ({error}): delete it") from None
@@ -81,7 +81,7 @@ class Checkpoint:
                 f"{self.path} is the state of another query, model, sample or damping: give another checkpoint, or "
                 "delete it"
             )
-        return _State(*vectors, product, first, lengths)
+        return _State(answer, residual, move, product, first, lengths)
 
     def save(self, state: _State) -> None:
         """Keep the state in place of the one before."""

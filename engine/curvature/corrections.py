@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from gradsift.engine.curvature.conjugate import Checkpoint, conjugate_gradients
+from gradsift.engine.curvature.fisher import Fisher
+from gradsift.engine.curvature.products import Products
 from gradsift.engine.methods import Method
 
-if TYPE_CHECKING:
-    from gradsift.engine.curvature.curvature import Sample
-
-__all__ = ["Correction", "EkFacCorrection", "FisherCorrection", "GaussNewtonCorrection", "NoCorrection", "Passes"]
+__all__ = [
+    "Correction",
+    "EkFacCorrection",
+    "FisherCorrection",
+    "GaussNewtonCorrection",
+    "NoCorrection",
+    "Passes",
+    "Sample",
+]
 
 
 class Passes(NamedTuple):
@@ -30,6 +37,27 @@ class Passes(NamedTuple):
         return sum(self)
 
 
+class Sample(Protocol):
+    """What a correction reads of a curvature sample: a ``Curvature``."""
+
+    def __len__(self) -> int: ...
+    def products(self) -> Products:
+        """Products with the sample's gradients."""
+        ...
+
+    def checked(self, b: Tensor) -> Tensor:
+        """One number per sketched row, or an error."""
+        ...
+
+    def sketched(self, damping: float) -> Fisher:
+        """The Fisher of the sketched rows at this lambda."""
+        ...
+
+    def by_factors(self, v: Tensor, damping: float) -> Tensor:
+        """``(F + damping I)^-1 v`` by EK-FAC."""
+        ...
+
+
 class Correction(Protocol):
     """One way to multiply a query by an inverse curvature."""
 
@@ -39,17 +67,19 @@ class Correction(Protocol):
 
     def passes(self, fitted: bool, steps: int) -> Passes:
         """What one query takes at most; ``fitted``: EK-FAC factors are there already."""
+        ...
 
     def solve(
         self, sample: Sample, v: Tensor, damping: float, steps: int, checkpoint: Checkpoint | None
     ) -> tuple[Tensor, tuple[float, ...]]:
         """``(F + damping I)^-1 v`` for a flat v (P,), and the relative residuals of its steps."""
+        ...
 
 
 class NoCorrection:
     """The gradient as it is."""
 
-    about = Method(
+    about: ClassVar = Method(
         name="none",
         formula="v = g_q",
         needs="nothing",
@@ -57,7 +87,7 @@ class NoCorrection:
         source="Pruthi et al. 2020 (TracIn, arXiv 2002.08484), one checkpoint",
         published="LDS .12 (GPT-2 on WikiText-2, kronfluence's identity)",
     )
-    steps = 0
+    steps: ClassVar = 0
 
     def passes(self, fitted: bool, steps: int) -> Passes:
         """None."""
@@ -80,7 +110,7 @@ class FisherCorrection:
     products found .59 of them (the sketch alone .67), exact inner products with the sketched correction .45.
     """
 
-    about = Method(
+    about: ClassVar = Method(
         name="fisher",
         formula="v = (R'R/N + lambda I)^-1 g_q, R the unsketched gradients of labels drawn from the model",
         needs="a curvature sample (extract with curvature=)",
@@ -88,7 +118,7 @@ class FisherCorrection:
         source="our reading of the damped true Fisher; Hestenes & Stiefel 1952, preconditioned with the sketch",
         published="none found",
     )
-    steps = 4
+    steps: ClassVar = 4
 
     def passes(self, fitted: bool, steps: int) -> Passes:
         """One derivative for the right-hand side, then one and a backward pass per step."""
@@ -119,7 +149,7 @@ class FisherCorrection:
 class EkFacCorrection:
     """``F`` as a Kronecker factor per parameter: no pass over the sample once the factors are fitted."""
 
-    about = Method(
+    about: ClassVar = Method(
         name="ekfac",
         formula="v = U_S [(U_S' V U_A) / (E[(U_S' G U_A)^2] + lambda)] U_A' per parameter, U from E[gg'] and E[xx']",
         needs="a curvature sample; factors are fitted to it once and kept beside the store",
@@ -127,7 +157,7 @@ class EkFacCorrection:
         source="Martens & Grosse 2015; George et al. 2018 (arXiv 1806.03884); Grosse et al. 2023 (arXiv 2308.03296)",
         published="LDS .44 (GPT-2 on WikiText-2, kronfluence), .454 (bergson's leaderboard)",
     )
-    steps = 0
+    steps: ClassVar = 0
 
     def passes(self, fitted: bool, steps: int) -> Passes:
         """The fit, once."""
@@ -146,7 +176,7 @@ class GaussNewtonCorrection:
     For a cross-entropy and a squared error this is the expectation of the true Fisher over all labels.
     """
 
-    about = Method(
+    about: ClassVar = Method(
         name="ggn",
         formula="v = (sum_i J_i' H_i J_i / N + lambda I)^-1 g_q, J of the outputs, H of the loss in them",
         needs="a curvature sample, a loss with gauss_newton, a model with forward derivatives",
@@ -154,7 +184,7 @@ class GaussNewtonCorrection:
         source="Schraudolph 2002; Grosse et al. 2023 (arXiv 2308.03296)",
         published="LDS .685 (EK-FAC + CG, bergson's leaderboard)",
     )
-    steps = 6
+    steps: ClassVar = 6
 
     def passes(self, fitted: bool, steps: int) -> Passes:
         """A product per step, and the preconditioner's fit, once."""
