@@ -160,6 +160,22 @@ def test_a_scorer_of_one_s_own(block: int) -> None:
     np.testing.assert_allclose(streamed(held, queries, Nearest()), expected, rtol=1e-9)
 
 
+def test_an_instance_is_prepared_once_for_each_store() -> None:
+    class Counts(Nearest):
+        prepared = 0
+
+        def prepare(self, store: Any) -> None:
+            self.prepared += 1
+            super().prepare(store)
+
+    scorer, first, second = Counts(), MemoryStore(random_rows(20)), MemoryStore(random_rows(20, seed=7))
+    expected = [gs.topk(held, ASKED, 3, Nearest()).scores for held in (first, second)]
+    for place, times in ((0, 1), (0, 1), (1, 2), (0, 3)):
+        got = gs.topk((first, second)[place], ASKED, 3, scorer)
+        np.testing.assert_array_equal(got.scores, expected[place])
+        assert scorer.prepared == times
+
+
 class Wrong(Nearest):
     def __init__(self, scores: Tensor) -> None:
         self.scores = scores

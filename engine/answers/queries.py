@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +20,8 @@ from gradsift.engine.scorers.stores import blocks_of, empty_blocks, name
 from gradsift.kernels.errors import ShapeError, SpecError, StoreError
 
 __all__ = ["AnyScorer", "Prepared", "prepare"]
+
+_PREPARED_ON = "_gradsift_prepared_on"
 
 AnyScorer = str | Fisher | Scorer | LinearScorer
 """What users give: a name of ``SCORERS``, a fitted ``Fisher``, or an instance of their own class or of a built-in."""
@@ -107,7 +111,7 @@ def prepare(
             f"the scorer {called!r} scores rows alone and compares no queries: give None instead of them, or call "
             "select without targets"
         )
-    chosen.prepare(store)
+    _prepare_once(chosen, store)
     directions = weights = None
     if isinstance(chosen, LinearScorer) and asked is not None:
         directions, weights = chosen.directions(asked), chosen.weights()
@@ -116,6 +120,16 @@ def prepare(
             raise ShapeError(f"query {int(empty[0])} has a zero gradient, which ranks nothing: look at its loss")
     norms = np.asarray(store.grad_norm, dtype=np.float32)
     return Prepared(store, chosen, asked, name_of(chosen), norms, directions, weights)
+
+
+def _prepare_once(scorer: Scorer | LinearScorer, store: RowStore) -> None:
+    """Prepare a scorer unless this very store was the last that it was prepared on: it may cost O(n dim^2)."""
+    last = getattr(scorer, _PREPARED_ON, None)
+    if last is not None and last() is store:
+        return
+    scorer.prepare(store)
+    with suppress(AttributeError, TypeError):  # a class with slots, or a store that cannot be referred to weakly
+        setattr(scorer, _PREPARED_ON, weakref.ref(store))
 
 
 def _scores(scorer: Scorer | LinearScorer, queries: Queries | None, rows: Rows) -> Tensor:

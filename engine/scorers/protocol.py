@@ -61,7 +61,10 @@ class Scorer(Protocol):
     """
 
     def prepare(self, store: RowStore) -> None:
-        """Read what is needed of the store, once; refuse a store that does not fit, saying what to run."""
+        """Read what is needed of the store; refuse a store that does not fit, saying what to run.
+
+        An instance that is used again on the same store is not prepared again.
+        """
 
     def score(self, queries: Queries, rows: Rows) -> Tensor:
         """Scores of rows for queries, float64 (q, m): positive = training on the row lowers the query's loss."""
