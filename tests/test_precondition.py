@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from models import llama, padded_batch, with_lora
-from stores import random_rows
+from stores import MemoryStore, random_rows
 from torch import Tensor
 
 import gradsift as gs
@@ -197,3 +197,25 @@ def test_every_correction_says_what_it_is() -> None:
         about = correction.about
         assert about.name == name
         assert all((about.formula, about.needs, about.cost, about.source, about.published))
+
+
+def test_one_call_decides_by_the_corrected_vector_over_the_short_list_or_all(case: Case) -> None:
+    """The order of exact scores along the dense answer, from the list of the sketch's own whitened scores."""
+    data = padded_batch(12)
+    rows = gs.Capture(case.model, gs.SketchSpec(kind="identity"))(data, language_model).values
+    store = MemoryStore(rows, curvature=case.rows)
+    rescorer = gs.Rescorer(
+        case.model,
+        lambda rows: [{key: value[list(rows)] for key, value in data.items()}],
+        language_model.token_losses,
+        [case.v],
+        "forward",
+        curvature=case.curvature(case.rows),
+    )
+    exact = rows.double() @ case.dense
+    asked = flat(case.v)[None]
+    whole = gs.topk(store, asked, 3, rescore=rescorer, method="fisher", shortlist="all")
+    assert whole.rows[0].tolist() == exact.argsort(descending=True)[:3].tolist()
+    assert whole.scores[0] == pytest.approx(exact.sort(descending=True).values[:3].numpy(), rel=1e-3)
+    some = gs.topk(store, asked, 3, rescore=rescorer, method="fisher", shortlist=5)
+    assert set(some.rows[0]) <= set(gs.topk(store, asked, 5).rows[0].tolist())

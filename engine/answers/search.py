@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -63,7 +64,7 @@ def topk(
     damping: float | None = None,
     rescore: ExactScores | None = None,
     method: str | None = None,
-    shortlist: int | None = None,
+    shortlist: int | Literal["all"] | None = None,
     memory: int = MEMORY,
 ) -> TopK:
     """The k rows of a store that help each query most.
@@ -93,7 +94,8 @@ def topk(
         method: correct the vectors of a ``Rescorer`` for curvature first, by ``Rescorer.corrected(method)``: such as
             "fisher" or "ekfac"; the short list stays the one of the scorer.
         shortlist: rows per query that are scored exactly; the larger of 100 and 10 k unless given, which at dim
-            1024 found .99 of the exact top 10 on a language model.
+            1024 found .99 of the exact top 10 on a language model. "all" scores every row exactly: a pass of the model
+            over the whole data set per query.
         memory: bytes to work in, beside queries and answer.
 
     Raises:
@@ -104,6 +106,8 @@ def topk(
     """
     if k < 1:
         raise ShapeError(f"k is {k}, expected at least 1")
+    if shortlist == "all":
+        shortlist = max(k, len(store))
     if shortlist is not None and (rescore is None or shortlist < k):
         raise ShapeError(f"shortlist is {shortlist} for k = {k}: give rescore= and a list of at least k rows")
     if method is not None:
