@@ -176,7 +176,7 @@ def test_checkpoints_of_a_trainer_end_to_end(run: Run, tmp_path: Path) -> None:
             row = torch.zeros(256, dtype=torch.float64)
             for name, g in grad.items():
                 m, v = (state["state"][numbers[name]][key].double() for key in ("exp_avg", "exp_avg_sq"))
-                g = g.double()
+                g = g.double() / int(gs.losses.language_model.loss_tokens(batch)[i])  # as it was trained
                 step = (0.9 * m + 0.1 * g) / (0.98 * v + 0.02 * g * g + 1e-8).sqrt()
                 row += gs.sketch_matrix(spec, name, tuple(g.shape)).double() @ step.reshape(-1)
             got = torch.from_numpy(store.features[i, place]).double()
@@ -204,7 +204,12 @@ def test_a_whole_models_checkpoint(tmp_path: Path) -> None:
         checkpoints=[gs.Checkpoint(folder, adam=adam)],
         progress=False,
     )
-    expected = gs.Capture(model.eval(), spec, "*.q_proj")(batch, gs.losses.language_model, adam=adam)
+    tokens = gs.losses.language_model.loss_tokens(batch)
+
+    def mean(module: nn.Module, batch: Any) -> Tensor:
+        return gs.losses.language_model(module, batch) / tokens
+
+    expected = gs.Capture(model.eval(), spec, "*.q_proj")(batch, mean, adam=adam)
     torch.testing.assert_close(torch.from_numpy(store.features[:]), expected.values, rtol=1e-4, atol=1e-4)
     assert all(torch.equal(p, before[n]) for n, p in fresh.named_parameters())
 

@@ -119,7 +119,8 @@ def test_every_part_is_that_checkpoints_own(tmp_path: Path, form: str | None) ->
         for c, weights in enumerate(run.weights):
             grads = gradients(at(weights), batch)
             if form is not None:
-                grads = [updated(g, run.states[c], form) for g in grads]
+                means = [{n: t / int(y + 1) for n, t in g.items()} for g, y in zip(grads, batch["y"], strict=True)]
+                grads = [updated(g, run.states[c], form) for g in means]
             rows.append(torch.stack([sketched(g) for g in grads]))
             norms.append(torch.tensor([norm(g) for g in grads]))
             losses.append(ToyLoss()(at(weights), batch).detach())

@@ -95,9 +95,11 @@ def extract(
             ``store.metadata["notes"]`` and not compared when the extraction is resumed.
         checkpoints: take every row at each of them, all through one sketch: rows are (n, checkpoints * K * groups,
             dim), those of the first checkpoint first, and ``store.parts`` says which is which. Their weights are put
-            into the model for a while. ``store.loss`` is of the last checkpoint, ``store.checkpoint_loss`` of all. Rows
-            of the curvature sample are plain gradients also where examples' are of Adam's updates, with labels drawn
-            from the model as it is at each checkpoint. Costs as many passes as there are checkpoints.
+            into the model for a while. With ``adam`` an example's row is of the update by the gradient of its mean
+            loss per token, where the loss counts tokens, else of its loss. ``store.loss`` is of the last checkpoint,
+            ``store.checkpoint_loss`` of all. Rows of the curvature sample are plain gradients also where examples'
+            are of Adam's updates, with labels drawn from the model as it is at each checkpoint. Costs as many passes
+            as there are checkpoints.
         groups: as of ``Capture``: one part for each captured parameter or map.
 
     Raises:

@@ -61,6 +61,9 @@ def capture_parts(
 ) -> Captured:
     """Rows of a batch, with all parts that capture, loss and checkpoints keep apart.
 
+    Adam's update is of the gradient of an example's mean loss per token, where the loss counts tokens: moments come
+    from training on means, and unlike a gradient an update of the sum cannot be divided afterwards. Losses stay sums.
+
     Args:
         together: rows of the loss per example, ``len(parts_of(loss_fn))``.
         snapshots: mounted; None for the model as it is.
@@ -72,7 +75,11 @@ def capture_parts(
         if snapshots is not None:
             snapshots.load(number)
             moments = snapshots.adam[number] if adam else None
-        features = capture(batch, loss_fn, batch.get("segments"), batch_axis, moments).fold(together)
+        loss = loss_fn if moments is None else _PerToken.of(loss_fn, batch)
+        features = capture(batch, loss, batch.get("segments"), batch_axis, moments)
+        if isinstance(loss, _PerToken) and features.loss is not None:
+            features = replace(features, loss=features.loss * loss.tokens.to(features.loss))
+        features = features.fold(together)
         n, dim = len(features.values), features.values.shape[-1]
         found.append(
             replace(
@@ -291,6 +298,33 @@ class _Sampled:
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
         sampled: Tensor = getattr(self._loss_fn, "sampled")(model, batch, self._seeds)  # noqa: B009
         return sampled
+
+
+class _PerToken:
+    """A loss over the number of its tokens, at least one.
+
+    Attributes:
+        tokens: of each loss, (n,).
+    """
+
+    def __init__(self, loss_fn: LossFunction, tokens: Tensor) -> None:
+        self._loss_fn = loss_fn
+        self.tokens = tokens.clamp_min(1)
+        self.kind = getattr(loss_fn, "kind", None)
+        if hasattr(loss_fn, "owners"):
+            self.owners = loss_fn.owners
+
+    @classmethod
+    def of(cls, loss_fn: LossFunction, batch: Batch) -> LossFunction:
+        """The loss itself where it does not count tokens."""
+        count = getattr(loss_fn, "loss_tokens", None)
+        if count is None:
+            return loss_fn
+        return cls(loss_fn, torch.as_tensor(count(batch)).repeat_interleave(len(parts_of(loss_fn))))
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
+        losses = self._loss_fn(model, batch)
+        return losses / self.tokens.to(losses)
 
 
 class _Memo:
