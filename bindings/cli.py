@@ -35,6 +35,10 @@ _ELSEWHERE = {
         "gradsift.bindings.check.command",
         "Prove on a few of your own examples that gradsift is right about your model.",
     ),
+    "compact": (
+        "gradsift.bindings.compact",
+        "Keep a few bytes of each example, and still find what the whole store finds.",
+    ),
     "demo": (
         "gradsift.bindings.demo.command",
         "Watch gradsift find planted training examples, from nothing, on this machine.",

@@ -49,9 +49,34 @@ def describe(store: FeatureStore) -> dict[str, Any]:
             {"checkpoint": part["checkpoint"], "timestep": part["timestep"], "group": part["group"], "grad_norm": norm}
             for part, norm in zip(store.parts, quantiles, strict=False)
         ],
+        "compacted": _compacted(store),
         "bytes": sum(file.stat().st_size for file in store.path.rglob("*") if file.is_file()),
         "notes": store.metadata.get("notes") or {},
     }
+
+
+def _compacted(store: FeatureStore) -> dict[str, Any] | None:
+    """What a compacted store keeps of a row, and how well that answers."""
+    about = store.metadata.get("compacted")
+    if about is None:
+        return None
+    kept = {key: about[key] for key in ("source", "bytes", "axes", "bits", "metric", "outside", "recall")}
+    return {**kept, "appended": sum(added["rows"] for added in about.get("appended", []))}
+
+
+def _compaction(about: dict[str, Any]) -> list[tuple[str, str]]:
+    """The same in words."""
+    recall = about["recall"]
+    later = f", {about['appended']:,} examples added later" if about["appended"] else ""
+    return [
+        ("compacted", f"{about['bytes']} bytes per example: {about['axes']} numbers of {about['bits']} bits, a scale"),
+        (
+            "recall@10",
+            f"{recall['alone']:.3f} alone, {recall['listed']:.3f} in a list of 100 ({recall['scorer']}, "
+            f"{recall['queries']} queries, {recall['asked']}{later})",
+        ),
+        ("made of", about["source"]),
+    ]
 
 
 def print_info(console: Console, store: FeatureStore, verified: bool) -> None:
@@ -65,6 +90,7 @@ def print_info(console: Console, store: FeatureStore, verified: bool) -> None:
         ("checksums", "every byte is as it was written" if verified else None),
         ("examples", f"{found['examples']:,}"),
         ("sketch", f"{found['dim']} numbers of {found['dtype']}, seed {found['seed']}"),
+        *(_compaction(found["compacted"]) if found["compacted"] else ()),
         ("gradients of", f"{found['numbers']:,} numbers in {found['parameters']} parameters"),
         ("", f"{first} … {last}"),
         ("curvature", f"{found['curvature_rows']:,} rows" if found["curvature_rows"] else "none"),
