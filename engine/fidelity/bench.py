@@ -13,9 +13,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from gradsift.engine.answers.search import topk
 from gradsift.engine.capture.frozen import evaluating
 from gradsift.engine.capture.maps import parameters_of
 from gradsift.engine.checkpoints.checkpoint import Checkpoint
+from gradsift.engine.compaction.compact import compact
+from gradsift.engine.compaction.store import CompactStore
 from gradsift.engine.extraction.extract import extract
 from gradsift.engine.extraction.fingerprints import adapter_fingerprint
 from gradsift.engine.fidelity.case import FidelityCase
@@ -131,6 +134,16 @@ class Bench:
         blocks = stream_scores(self.store(rows), self.store(rows, queries=True), scorer, damping=damping)
         return np.concatenate([block for _, block in blocks], axis=1)
 
+    def coded_scores(self, scorer: str, rows: Rows, size: int, damping: float | None = None) -> np.ndarray:
+        """Scores of all examples by a compacted store of so many bytes per example, float64 (q, n)."""
+        whole = self.store(rows)
+        path = whole.path.with_suffix(f".{scorer}.{size}")
+        store = CompactStore.open(path) if path.exists() else compact(whole, path, size, scorer=scorer, progress=False)
+        top = topk(store, self.store(rows, queries=True), len(store), scorer, damping=damping)
+        scores = np.empty(top.rows.shape)
+        np.put_along_axis(scores, top.rows, top.scores, axis=1)
+        return scores
+
     def remembered(self, candidate: Scoring) -> np.ndarray:
         """A candidate's scores, worked out once."""
         if candidate.name not in self._scores:
@@ -164,7 +177,19 @@ class Bench:
         """The true Fisher by exact gradients."""
         if not self.labels:
             raise DataError("the loss cannot draw labels (it has no .sampled), so there is no true Fisher")
-        return ExactFisher(self.store(Rows(EXACT)), self.store(Rows(EXACT), queries=True))
+        return ExactFisher(*self.whole())
+
+    @cached_property
+    def layered_fisher(self) -> ExactFisher:
+        """The same with a damping that goes with each layer's own gradients."""
+        if not self.labels:
+            raise DataError("the loss cannot draw labels (it has no .sampled), so there is no true Fisher")
+        return ExactFisher(*self.whole(), layered=True)
+
+    def whole(self) -> tuple[FeatureStore, FeatureStore]:
+        """Whole gradients of all examples and of all queries."""
+        rows = Rows(EXACT, curvature=self.labels > 0)
+        return self.store(rows), self.store(rows, queries=True)
 
     def embedded(self, embed: Callable[[nn.Module, Any], Any], model: nn.Module | None = None) -> tuple[Any, Any]:
         """What a function gives for all queries and for all examples: float64 (q, d) and (n, d)."""

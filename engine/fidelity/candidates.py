@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from gradsift.engine.fidelity.bench import EXACT, Bench, Rows
+from gradsift.engine.fidelity.bench import EXACT, LABELS, Bench, Rows
+from gradsift.engine.fidelity.corrected import corrected_scores
+from gradsift.engine.fidelity.exact import ExactFisher
 from gradsift.engine.scorers.protocol import name_of
 from gradsift.kernels.spec import SketchSpec
 
-__all__ = ["Candidate", "alone", "exact", "exact_fisher", "sketched"]
+__all__ = ["Candidate", "alone", "coded", "corrected", "exact", "exact_fisher", "sketched"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,21 +52,41 @@ def exact(scorer: str) -> Candidate:
     )
 
 
-def exact_fisher(damping: float, labels: int | None = None, models: int = 1) -> Candidate:
-    """Exact gradients and the damped true Fisher; of several models, trained under seeds 0, 1, ..., the mean score."""
+def exact_fisher(damping: float, labels: int | None = None, models: int = 1, layered: bool = False) -> Candidate:
+    """Exact gradients and the damped true Fisher.
+
+    Args:
+        labels: drawn for each example. models: trained under seeds 0, 1, ...; the mean of their scores.
+        layered: damped by layer, see ``ExactFisher``.
+    """
     drawn = "" if labels is None else f", {labels} label" + "s" * (labels > 1)
+    how = f", {models} models" if models > 1 else ", by layer" if layered else ""
+
+    def fisher(bench: Bench) -> ExactFisher:
+        return bench.layered_fisher if layered else bench.exact_fisher
 
     def scores(bench: Bench) -> np.ndarray:
         benches = [bench, *(bench.again(seed) for seed in range(1, models))]
-        return np.asarray(np.mean([each.exact_fisher.scores(damping, labels) for each in benches], axis=0))
+        return np.asarray(np.mean([fisher(each).scores(damping, labels) for each in benches], axis=0))
 
     return Candidate(
-        f"exact fisher, k {damping:g}{drawn}" + (f", {models} models" if models > 1 else ""),
+        f"exact fisher, k {damping:g}{drawn}{how}",
         "exact",
         scores,
         lambda bench: 4 * bench.parameters * models,
-        suspicion=lambda bench: bench.exact_fisher.own(damping),
+        suspicion=lambda bench: fisher(bench).own(damping),
         method="fisher",
+    )
+
+
+def corrected(method: str, damping: float) -> Candidate:
+    """Exact gradients along queries that a correction of `gradsift methods` made."""
+    return Candidate(
+        f"exact {method}, k {damping:g}",
+        "exact",
+        lambda bench: corrected_scores(bench, method, damping, LABELS),
+        lambda bench: 4 * bench.parameters,
+        method=method,
     )
 
 
@@ -97,12 +119,26 @@ def sketched(
     )
 
 
-def alone(scorer: str) -> Candidate:
+def coded(scorer: str, dim: int, size: int, damping: float | None = None, truth: Candidate | None = None) -> Candidate:
+    """A scorer over a store of ``dim`` numbers that was compacted to so many bytes per example."""
+    rows = Rows(SketchSpec(dim=dim))
+    k = "" if damping is None else f", k {damping:g}"
+    return Candidate(
+        f"{scorer}{k}, {size} B",
+        "codes",
+        lambda bench: bench.coded_scores(scorer, rows, size, damping),
+        lambda bench: size,
+        truth,
+        method=scorer,
+    )
+
+
+def alone(scorer: str, dim: int) -> Candidate:
     """A scorer of examples alone: it says what is odd, not what helps whom."""
     return Candidate(
         scorer,
         "sketch",
         None,
-        suspicion=lambda bench: bench.own(scorer, Rows(SketchSpec(dim=4096))),
+        suspicion=lambda bench: bench.own(scorer, Rows(SketchSpec(dim=dim))),
         method=scorer,
     )

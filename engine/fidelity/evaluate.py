@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
 
-REMOVED = ("random", "BM25", "exact dot", "exact fisher, k 1", "fisher, k 1, dim 4096")
+REMOVED = ("random", "BM25", "nearest inputs", "exact dot", "exact fisher, k 1", "fisher, k 1, 256 B")
 """Whose best examples are removed, unless told otherwise: a retraining for each query and seed is dear."""
 
 _TOP = 10

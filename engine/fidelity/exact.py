@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -23,14 +25,19 @@ class ExactFisher:
 
     Args:
         store: of kind "identity", with a curvature sample. queries: of the same gradients.
+        layered: lambda is not the same for all parameters but goes with the root mean square of each parameter's own
+            gradients, as Adam's steps do (our own reading of layer-wise damping).
     """
 
-    def __init__(self, store: FeatureStore, queries: FeatureStore) -> None:
+    def __init__(self, store: FeatureStore, queries: FeatureStore, layered: bool = False) -> None:
         sample = store.curvature
         if sample is None:
             raise ShapeError(f"{store.path} holds no curvature sample: extract with curvature=2000")
         examples, asked = (torch.from_numpy(_matrix(s.features[:])) for s in (store, queries))
         rows = torch.from_numpy(_matrix(sample.numpy()))
+        if layered:
+            scale = _by_layer(store, rows)
+            examples, asked, rows = examples * scale, asked * scale, rows * scale
         self._dot = _products(asked, examples)
         self._asked, self._known, self._gram = _products(asked, rows), _products(rows, examples), _products(rows, rows)
         self._examples = len(examples)
@@ -69,6 +76,15 @@ class ExactFisher:
         lam = damping * float(gram.diagonal().mean()) / min(n, self._examples)
         gram.diagonal().add_(n * lam)
         return torch.cholesky_solve(self._known[keep], torch.linalg.cholesky(gram)), lam, keep
+
+
+def _by_layer(store: FeatureStore, rows: Tensor) -> Tensor:
+    """Multipliers of all numbers, (P,), after which an even damping is one that goes with each layer's slopes."""
+    sizes = [math.prod(shape) for _, shape in store.spec.layout]
+    square = [part.square().mean() for part in rows.split(sizes, dim=1)]
+    mean = torch.stack(square).mean()
+    scales = [(s / mean).clamp_min(1e-6) ** -0.25 for s in square]
+    return torch.cat([s.expand(size) for s, size in zip(scales, sizes, strict=True)])
 
 
 def _matrix(rows: np.ndarray) -> np.ndarray:

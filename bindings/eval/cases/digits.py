@@ -43,7 +43,7 @@ class Network(nn.Module):
 
 
 def digits_case(examples: int = 400, seed: int = 0) -> FidelityCase:
-    """Digits, a tenth of them mislabelled, on which a LoRA of a network that knows turned ones is tuned; 100 queries."""
+    """Digits, a tenth of them mislabelled, on which a LoRA of a network that knows turned ones is tuned."""
     data = require("sklearn.datasets").load_digits()
     images, truth = torch.from_numpy(data.images / 16).float(), data.target.astype(np.int64)
     order = np.random.default_rng(seed).permutation(len(truth))

@@ -1,0 +1,64 @@
+"""Scores by whole gradients along curvature-corrected queries: what `query --method` decides by, for every example."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradsift.engine.capture.frozen import evaluating
+from gradsift.engine.curvature.curvature import Curvature
+from gradsift.engine.store.ids import seed_of
+from gradsift.kernels.errors import DataError
+
+if TYPE_CHECKING:
+    from gradsift.engine.fidelity.bench import Bench
+
+__all__ = ["corrected_scores"]
+
+_PASSES = 1e7
+"""Examples times parameters up to which every query is solved for by conjugate gradients over the data."""
+
+
+def corrected_scores(bench: Bench, method: str, k: float, labels: int) -> np.ndarray:
+    """``g_j' (C + lambda I)^-1 g_i`` with C as a correction of `gradsift methods` has it, float64 (q, n).
+
+    Args:
+        labels: drawn for each example of the sample; "ggn" needs none and takes one.
+
+    Raises:
+        DataError: the loss cannot draw labels, or the data is too much for a solve of each query over it.
+    """
+    case, loss = bench.case, bench.case.loss
+    if not bench.labels or not hasattr(loss, "sampled_batch"):
+        raise DataError("the loss cannot draw labels that are kept (it has no .sampled_batch)")
+    if method == "ggn" and case.examples * bench.parameters > _PASSES:
+        raise DataError(
+            f"{case.examples} examples of {bench.parameters:,} parameters: a solve for each query would take too long"
+        )
+    examples, queries = bench.whole()
+    shapes = examples.spec.layout
+    batches, first = [], 0
+    with evaluating(bench.model):
+        for batch in case.batches:
+            count = len(loss(bench.model, batch))
+            numbers = range(first, first + count)
+            first += count
+            for draw in range(1 if method == "ggn" else labels):
+                seeds = [seed_of(examples.spec.seed, number, draw) for number in numbers]
+                batches.append(loss.sampled_batch(bench.model, batch, seeds))
+    curvature = Curvature(bench.model, batches, loss, modules=case.modules, examples=case.examples)
+    directions = []
+    for row in torch.from_numpy(queries.features[:]):
+        parts = row.split([math.prod(shape) for _, shape in shapes])
+        v = {name: part.reshape(shape) for (name, shape), part in zip(shapes, parts, strict=True)}
+        directions.append(_flat(curvature.correct(v, method, k=k), shapes))
+    rows = torch.from_numpy(examples.features[:])
+    return (torch.stack(directions) @ rows.to(torch.float64).T).numpy()
+
+
+def _flat(v: object, shapes: object) -> Tensor:
+    return torch.cat([v[name].reshape(-1).to(torch.float64) for name, _ in shapes])  # type: ignore[index, attr-defined]
