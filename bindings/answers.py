@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
@@ -16,7 +17,7 @@ from gradsift.bindings.data import Dataset
 from gradsift.bindings.render import LEGEND, coloured, number, table
 from gradsift.bindings.workspace import Workspace
 from gradsift.engine.answers.gradient import gradient
-from gradsift.engine.answers.rescore import Rescorer
+from gradsift.engine.answers.rescore import Rescorer, pad_alike
 from gradsift.engine.answers.search import SIGN, TopK, topk
 from gradsift.engine.curvature.corrected import Corrected
 from gradsift.engine.losses import IGNORE, language_model
@@ -36,7 +37,7 @@ class Answer:
 
     Attributes:
         top: ids, rows and scores, shape (q, k).
-        tokens: what each token adds to the exact score, shape (q, k, T).
+        tokens: what each token adds to the exact score, shape (q, k, T), or (q, k, answers, T).
     """
 
     top: TopK
@@ -70,7 +71,8 @@ class Asker:
         self._scorer = cast(Literal["fisher", "dot", "cosine"], scorer)
         self._features = space.capture(questions)
         modules = space.modules
-        vectors = [gradient(space.model, questions.fetch([i]), language_model, modules) for i in range(len(questions))]
+        self._loss_fn = space.loss_for(questions)
+        vectors = [gradient(space.model, questions.fetch([i]), self._loss_fn, modules) for i in range(len(questions))]
         self._corrected: list[Corrected] = []
         if method not in (None, "none"):
             curvature = curvature_of(space, sample)
@@ -78,7 +80,7 @@ class Asker:
                 choose_damping(curvature, space, unseen)
             self._corrected = correct(curvature, space, vectors, method, damping)
         self._rescorer = Rescorer(
-            space.model, self._fetch, language_model.token_losses, self._corrected or vectors, modules=modules
+            space.model, self._fetch, space.loss.token_losses, self._corrected or vectors, modules=modules
         )
 
     def _fetch(self, rows: Sequence[int]) -> Iterator[Mapping[str, Any]]:
@@ -97,9 +99,8 @@ class Asker:
         )
         if top.tokens is not None:
             return Answer(top, top.tokens)
-        parts = [self._rescorer(query, rows).tokens.numpy() for query, rows in enumerate(top.rows)]
-        width = max(part.shape[1] for part in parts)
-        return Answer(top, np.stack([np.pad(part, ((0, 0), (0, width - part.shape[1]))) for part in parts]))
+        parts = [self._rescorer(query, rows).tokens for query, rows in enumerate(top.rows)]
+        return Answer(top, torch.stack(pad_alike(parts)).numpy())
 
     def print(self, console: Console, answers: Sequence[Answer], whole: bool) -> None:
         """Each query, then a table per answer."""
@@ -132,6 +133,7 @@ class Asker:
             queries.append(found)
         return {
             "store": str(self._space.store.path),
+            "loss": self._loss_fn.kind,
             "scorer": answers[0].top.scorer,
             "exact": self._method is not None,
             "method": self._method,
@@ -145,8 +147,8 @@ class Asker:
         rows = []
         for place, row in enumerate(top.rows[query].tolist()):
             index = self._space.index(row)
-            pieces = self._space.data.example(index).pieces
-            shares = answer.tokens[query, place, : len(pieces)].tolist()
+            example = self._space.data.example(index)
+            shares = example.lined_up(answer.tokens[query, place])
             rows.append(
                 {
                     "id": top.ids[query, place],
@@ -155,7 +157,7 @@ class Asker:
                     "loss": float(store.loss[row]),
                     "loss_tokens": None if store.loss_tokens is None else int(store.loss_tokens[row]),
                     "record": self._space.data.record(index),
-                    "tokens": list(zip(pieces, shares, strict=True)),
+                    "tokens": list(zip(example.pieces, shares, strict=True)),
                 }
             )
         return rows
@@ -172,6 +174,8 @@ class Asker:
     def _question_line(self, query: int) -> str:
         tokens = self._questions.example(query).scored
         name = self._questions.records.place(query) if len(self._questions) > 1 else "query"
+        if self._loss_fn is not language_model:
+            return f"{name}  loss {self._loss(query):.3f}, {tokens} tokens"
         return f"{name}  loss {self._loss(query) / tokens:.3f} per token, {tokens} tokens"
 
     def _question_text(self, query: int, whole: bool) -> Text:
@@ -188,11 +192,12 @@ class Asker:
     def _table(self, console: Console, answer: Answer, query: int, whole: bool) -> Any:
         rows = []
         colours = console.color_system is not None
+        per_token = self._space.loss is language_model
         for place, found in enumerate(self._rows(answer, query), start=1):
             shares = [share for _, share in found["tokens"]]
             index = self._space.index(found["row"])
             text = self._text(self._space.data, index, shares, _EVERYTHING if whole else 320, marks=not colours)
-            tokens = found["loss_tokens"] or 1
+            tokens = (found["loss_tokens"] or 1) if per_token else 1
             rows.append((place, number(found["score"]), f"{found['loss'] / tokens:.3f}", found["id"], text))
         title = "most influential" if answer.top.largest else "pushing the other way"
-        return table(("", "score", "loss/token", "id", title), rows, wide=title)
+        return table(("", "score", "loss/token" if per_token else "loss", "id", title), rows, wide=title)

@@ -160,6 +160,14 @@ class Correction(StrEnum):
     ggn = "ggn"
 
 
+class LossName(StrEnum):
+    """Losses that the command line takes gradients of."""
+
+    language_model = "language_model"
+    dpo = "dpo"
+    policy_gradient = "policy_gradient"
+
+
 class Precision(StrEnum):
     """Numbers of a model."""
 
@@ -187,6 +195,17 @@ CurvatureRows = Annotated[
     int, typer.Option(help="Rows of the curvature sample, which the default scorer needs; 0 for none.")
 ]
 StoreDtype = Annotated[StorePrecision, typer.Option(help="Of the store: float16 halves it, at 2e-4 relative error.")]
+TrainedBy = Annotated[
+    LossName,
+    typer.Option(
+        help="What was trained with: language_model; dpo, on columns prompt, chosen and rejected, with the model "
+        "without its adapter as reference; or policy_gradient (GRPO), on prompt, responses and rewards."
+    ),
+]
+LossOption = Annotated[
+    list[str] | None,
+    typer.Option(help="Of that loss, such as beta=0.1 or aggregate=sequence; may be repeated.", show_default=False),
+]
 RowGroups = Annotated[
     Groups | None,
     typer.Option(help="Keep each parameter, or each map, apart: as many times the bytes; scorer datainf needs it."),
@@ -284,6 +303,8 @@ def extract(
         list[str] | None,
         typer.Option(help="Layers to capture: lora, or a glob such as '*.q_proj'; may be repeated.  \\[default: lora]"),
     ] = None,
+    loss: TrainedBy = LossName.language_model,
+    loss_option: LossOption = None,
     curvature: CurvatureRows = 2000,
     groups: RowGroups = None,
     checkpoint: AtCheckpoints = None,
@@ -315,19 +336,22 @@ def extract(
     [dim]a model without an adapter: name its layers[/dim]
     [bold]gradsift extract ... --modules '*.q_proj' --modules '*.v_proj'[/bold]
 
+    [dim]preference pairs, as DPO trained on them[/dim]
+    [bold]gradsift extract ... --data pairs.jsonl --loss dpo --loss-option beta=0.1[/bold]
+
     [dim]for scorer less: Adam's updates at the checkpoints of a warm-up run[/dim]
     [bold]gradsift extract ... --checkpoint run/checkpoint-100 --checkpoint run/checkpoint-200 --adam less[/bold]
     """
     from gradsift.bindings.checkpoints import adapter_among, checkpoints_from
     from gradsift.bindings.data import Dataset
     from gradsift.bindings.describe import describe, print_survey
+    from gradsift.bindings.losses import forms_of, loss_named
     from gradsift.bindings.models import load
     from gradsift.bindings.render import bytes_text, ticking
     from gradsift.bindings.space import absolute
     from gradsift.bindings.workspace import Notes
     from gradsift.engine.capture.maps import parameters_of
     from gradsift.engine.extraction.extract import extract as run
-    from gradsift.engine.losses import language_model
     from gradsift.engine.store.format import read_description
     from gradsift.kernels.spec import SketchSpec
 
@@ -336,6 +360,7 @@ def extract(
         raise DataError("--adam needs --checkpoint: folders with the optimizer's state")
     adapter = adapter or adapter_among(folders)
     spec = SketchSpec(dim=dim, seed=seed)
+    loss_fn = loss_named(loss.value, loss_option or ())
     read_description(out)
     hush()
     loaded = load(model, adapter, tokenizer=tokenizer, dtype=dtype and dtype.value, device=device)
@@ -347,6 +372,8 @@ def extract(
             eos=eos,
             encoder_decoder=loaded.encoder_decoder,
             skip_bad=skip_bad,
+            skip_silent=True,
+            forms=forms_of(loss_fn),
             progress=progress,
         )
     survey, trained_on = examples.survey, examples.encoder.trained_on
@@ -371,7 +398,7 @@ def extract(
     store = run(
         loaded.model,
         examples.batches(block=block, batch_tokens=batch_tokens, batch_size=batch_size),
-        language_model,
+        loss_fn,
         out,
         spec=spec,
         modules=selected,

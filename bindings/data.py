@@ -7,15 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from gradsift.bindings.encode import Encoder, Example, form_of
 from gradsift.bindings.records import Record, Records, open_records
-from gradsift.engine.losses import IGNORE
+from gradsift.bindings.several import Several, SeveralEncoder, SilentError
 from gradsift.kernels.errors import DataError
 
-__all__ = ["Batches", "Dataset", "Survey"]
+__all__ = ["Batches", "Dataset", "Survey", "encoder_for"]
 
 _READ_AT_ONCE = 1024
 _MAX_NAMED = 10
@@ -33,6 +31,7 @@ class Survey:
         scored: tokens that carry loss.
         cut: records whose end was cut off to keep to the maximum length.
         bad: records left out; ``named`` says why for the first ten.
+        silent: prompts left out because all their responses have one reward.
     """
 
     records: int = 0
@@ -40,6 +39,7 @@ class Survey:
     scored: int = 0
     cut: int = 0
     bad: int = 0
+    silent: int = 0
     named: list[str] = field(default_factory=list)
 
 
@@ -54,6 +54,7 @@ class Dataset:
         Without it nothing is surveyed and there are no batches: enough for looking
             examples up by their ids.
         skip_bad: leave unusable records out, and count and name them, instead of refusing the file.
+        skip_silent: leave prompts out whose responses all have one reward, and count them.
         progress: called with the number of records read so far, and of all.
 
     Attributes:
@@ -66,10 +67,11 @@ class Dataset:
     def __init__(
         self,
         records: Records,
-        encoder: Encoder,
+        encoder: Encoder | SeveralEncoder,
         *,
         check: bool = True,
         skip_bad: bool = False,
+        skip_silent: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self.records = records
@@ -79,6 +81,7 @@ class Dataset:
         self._named_ids = "id" in records[0]
         self._rows = np.arange(len(records), dtype=np.int64)
         self._lengths: np.ndarray | None = None
+        self._skip_silent = skip_silent
         if check:
             self._survey(skip_bad, progress)
 
@@ -96,7 +99,8 @@ class Dataset:
         self._rows = np.concatenate(rows)
         self._lengths = np.concatenate(lengths)
         if not len(self._rows):
-            raise DataError(f"none of the {len(records)} records is usable; the first: {self.survey.named[0]}")
+            first = f"; the first: {self.survey.named[0]}" if self.survey.named else ", for their rewards are all alike"
+            raise DataError(f"none of the {len(records)} records is usable{first}")
 
     @classmethod
     def open(
@@ -109,17 +113,19 @@ class Dataset:
         encoder_decoder: bool = False,
         check: bool = True,
         skip_bad: bool = False,
+        skip_silent: bool = False,
+        forms: Sequence[str] | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Self:
-        """Open a file and take its form (text, prompt and completion, or messages) from its first record."""
+        """Open a file and take its form from its first record: one of ``forms``, or text, a prompt, or messages."""
         records = open_records(path)
         try:
-            form = form_of(records[0])
+            form = form_of(records[0]) if forms is None else form_of(records[0], forms)
         except DataError as error:
             text = str(error)
             raise DataError(text if text.startswith(records.place(0)) else f"{records.place(0)}: {text}") from None
-        encoder = Encoder(tokenizer, form, max_length, eos, encoder_decoder)
-        return cls(records, encoder, check=check, skip_bad=skip_bad, progress=progress)
+        encoder = encoder_for(tokenizer, form, max_length, eos, encoder_decoder)
+        return cls(records, encoder, check=check, skip_bad=skip_bad, skip_silent=skip_silent, progress=progress)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -132,9 +138,10 @@ class Dataset:
         """The record's `id` column as text, or, where there is none, its row in the file from 0."""
         return self._id(self.record(index), int(self._rows[index]))
 
-    def example(self, index: int) -> Example:
+    def example(self, index: int) -> Example | Several:
         """Tokens, labels and the text of each token."""
-        return self._encode([index])[0]
+        example: Example | Several = self._encode([index])[0]
+        return example
 
     def find(self, ids: Sequence[str | int]) -> list[int]:
         """Where examples with these ids stand.
@@ -188,6 +195,9 @@ class Dataset:
             if isinstance(found, DataError):
                 raise found
         except DataError as error:
+            if self._skip_silent and isinstance(error, SilentError):
+                self.survey.silent += 1
+                return None
             text = str(error)
             sentence = text if text.startswith(place) else f"{place}, {text}"
             if not skip_bad:
@@ -210,12 +220,12 @@ class Dataset:
             raise DataError(f"column 'id': {value!r}, expected text or a whole number, as in the first record")
         return str(value)
 
-    def _encode(self, indices: Sequence[int]) -> list[Example]:
+    def _encode(self, indices: Sequence[int]) -> list[Any]:
         examples = self.encoder.encode([self.record(i) for i in indices])
         for index, example in zip(indices, examples, strict=True):
             if isinstance(example, DataError):
                 raise DataError(f"{self.records.place(int(self._rows[index]))} has changed: {example}")
-        return examples  # type: ignore[return-value]
+        return list(examples)
 
     def _plan(self, block: int, batch_tokens: int, batch_size: int | None) -> list[np.ndarray]:
         if self._lengths is None:
@@ -235,19 +245,8 @@ class Dataset:
                 begin += size
         return plan
 
-    def _collate(self, indices: Sequence[int], examples: Sequence[Example]) -> Batch:
-        tokenizer = self.encoder.tokenizer
-        fill = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
-        lengths = [len(e.input_ids) for e in examples]
-        batch: Batch = {
-            "input_ids": _pad([e.input_ids for e in examples], fill),
-            "attention_mask": _pad([np.ones(n, dtype=np.int64) for n in lengths], 0),
-            "labels": _pad([e.labels for e in examples], IGNORE),
-            "ids": [self.id(i) for i in indices],
-        }
-        if self.encoder.encoder_decoder:
-            batch["decoder_attention_mask"] = (batch["labels"] != IGNORE).to(torch.int64)
-        return batch
+    def _collate(self, indices: Sequence[int], examples: Sequence[Any]) -> Batch:
+        return {**self.encoder.collate(examples), "ids": [self.id(i) for i in indices]}
 
 
 class Batches:
@@ -269,13 +268,20 @@ class Batches:
             yield self._dataset.fetch(indices.tolist())
 
 
+def encoder_for(
+    tokenizer: Any, form: str, max_length: int = 1024, eos: bool = True, encoder_decoder: bool = False
+) -> Encoder | SeveralEncoder:
+    """What turns records of this form into tokens; arguments as of ``Encoder``.
+
+    Raises:
+        DataError: the model is an encoder-decoder, which several answers are not read for.
+    """
+    if form not in ("pair", "rollouts"):
+        return Encoder(tokenizer, form, max_length, eos, encoder_decoder)
+    if encoder_decoder:
+        raise DataError("preference pairs and rollouts are read for causal models, and this is an encoder-decoder")
+    return SeveralEncoder(tokenizer, form, max_length, eos)
+
+
 def _unknown(name: str | int) -> str:
     return f"id {name!r} is not in the data: give the file that was extracted"
-
-
-def _pad(rows: Sequence[np.ndarray], fill: int) -> Tensor:
-    """Rows of different lengths as one int64 tensor, filled up on the right."""
-    out = np.full((len(rows), max(map(len, rows))), fill, dtype=np.int64)
-    for target, row in zip(out, rows, strict=True):
-        target[: len(row)] = row
-    return torch.from_numpy(out)

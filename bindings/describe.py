@@ -151,6 +151,8 @@ def print_survey(console: Console, examples: Dataset) -> None:
         pairs.append(("cut", f"{survey.cut:,} examples to their first {longest} tokens (--max-length)"))
     if survey.bad:
         pairs.append(("left out", f"{survey.bad:,} records"))
+    if survey.silent:
+        pairs.append(("left out", f"{survey.silent:,} prompts whose responses all have one reward: they teach nothing"))
     facts(console, pairs)
     _print_named(console, survey.named, survey.bad)
 

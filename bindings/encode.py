@@ -9,14 +9,23 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from gradsift.bindings.records import Record
 from gradsift.engine.losses import IGNORE
 from gradsift.kernels.errors import DataError
 
-__all__ = ["Encoder", "Example", "form_of"]
+__all__ = ["Encoder", "Example", "form_of", "pad"]
 
-_FORMS = {"messages": ("messages",), "prompt": ("prompt", "completion"), "text": ("text",)}
+_FORMS = {
+    "messages": ("messages",),
+    "prompt": ("prompt", "completion"),
+    "text": ("text",),
+    "pair": ("prompt", "chosen", "rejected"),
+    "rollouts": ("prompt", "responses", "rewards"),
+}
+_USUAL = ("messages", "prompt", "text")
 Encoded = tuple[list[int], list[bool], list[str]]
 
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -38,6 +47,10 @@ class Example(NamedTuple):
     cut: int
     scored: int
 
+    def lined_up(self, shares: np.ndarray) -> list[float]:
+        """Shares (T,) of exact scores, one for each piece."""
+        return list(shares[: len(self.pieces)].tolist())
+
 
 class Rendered(NamedTuple):
     """Text with the character ranges that carry loss."""
@@ -46,18 +59,24 @@ class Rendered(NamedTuple):
     spans: list[tuple[int, int]]
 
 
-def form_of(record: Record) -> str:
-    """Which columns a record is read from: ``"messages"``, ``"prompt"`` or ``"text"``.
+def form_of(record: Record, forms: Sequence[str] = _USUAL) -> str:
+    """Which columns a record is read from: ``"messages"``, ``"prompt"`` or ``"text"``, ``"pair"`` or ``"rollouts"``.
+
+    Args:
+        forms: those that will do.
 
     Raises:
-        DataError: it has none of them.
+        DataError: it has the columns of none of them.
     """
-    for form, columns in _FORMS.items():
-        if all(column in record for column in columns):
-            return form
+    fits = [form for form, columns in _FORMS.items() if all(column in record for column in columns)]
+    found = next((form for form in fits if form in forms), None)
+    if found is not None:
+        return found
+    wanted = ", or ".join(_listed(_FORMS[form]) for form in reversed(forms))
+    hint = {"pair": ": preference pairs need --loss dpo", "rollouts": ": rollouts need --loss policy_gradient"}
     raise DataError(
-        f"the columns are {', '.join(map(repr, record)) or 'none'}, "
-        "expected 'text', or 'prompt' and 'completion', or 'messages'"
+        f"the columns are {', '.join(map(repr, record)) or 'none'}, expected {wanted}"
+        + (hint.get(fits[0], "") if fits else "")
     )
 
 
@@ -140,6 +159,19 @@ class Encoder:
             except DataError as error:
                 results.append(error)
         return results
+
+    def collate(self, examples: Sequence[Example]) -> dict[str, Any]:
+        """Columns of a batch of these, filled up on the right to one length."""
+        tokenizer = self.tokenizer
+        fill = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
+        batch: dict[str, Any] = {
+            "input_ids": pad([e.input_ids for e in examples], fill),
+            "attention_mask": pad([np.ones(len(e.input_ids), dtype=np.int64) for e in examples], 0),
+            "labels": pad([e.labels for e in examples], IGNORE),
+        }
+        if self.encoder_decoder:
+            batch["decoder_attention_mask"] = (batch["labels"] != IGNORE).to(torch.int64)
+        return batch
 
     def _encode(self, record: Record) -> Example:
         if self.encoder_decoder:
@@ -276,6 +308,20 @@ class Encoder:
             ids.append(closing)
             counted.append(True)
             pieces.append("")
+
+
+def pad(rows: Sequence[np.ndarray], fill: int) -> Tensor:
+    """Rows of different lengths as one int64 tensor, filled up on the right."""
+    out = np.full((len(rows), max(map(len, rows))), fill, dtype=np.int64)
+    for target, row in zip(out, rows, strict=True):
+        target[: len(row)] = row
+    return torch.from_numpy(out)
+
+
+def _listed(columns: Sequence[str]) -> str:
+    """Such as ``'prompt', 'chosen' and 'rejected'``."""
+    *first, last = map(repr, columns)
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def _text(record: Record, column: str, empty: bool = False) -> str:

@@ -116,19 +116,24 @@ class Space:
                     f"(fingerprint {before[:8]}, now {now[what][:8]}): give that one, or extract again"
                 )
 
+    def loss_for(self, questions: Examples) -> Loss:
+        """The loss that is asked about: that of the rows, unless the queries are of another kind."""
+        del questions
+        return self.loss
+
     def capture(self, questions: Examples) -> Features:
         """Features of the queries, in their order."""
+        loss = self.loss_for(questions)
         capture = Capture(self.model, self.store.spec, self.modules, groups=_groups(self.store))
         starts = range(0, len(questions), _AT_ONCE)
         groups = [range(start, min(start + _AT_ONCE, len(questions))) for start in starts]
-        together = len(parts_of(self.loss))
+        together = len(parts_of(loss))
         snapshots = None
         if self.checkpoints:
             snapshots = Snapshots(self.model, self.checkpoints, parameters_of(self.model, self.modules))
         with nullcontext() if snapshots is None else snapshots.mounted():
             parts = [
-                capture_parts(capture, questions.fetch(group), self.loss, together, snapshots).features
-                for group in groups
+                capture_parts(capture, questions.fetch(group), loss, together, snapshots).features for group in groups
             ]
         values = torch.cat([part.values for part in parts])
         norms = torch.cat([part.grad_norm for part in parts])
@@ -139,7 +144,8 @@ class Space:
             norms[:, 0] if one else norms,
             parts[0].spec,
             parts[0].table,
-            parts[0].loss_kind,
+            # Another loss than that of the rows is meant: which of them would lower it. No kind, no comparison.
+            parts[0].loss_kind if loss is self.loss else None,
         )
 
     def index(self, row: int) -> int:

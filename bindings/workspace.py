@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from gradsift.bindings.checkpoints import checkpoints_from, put_last
-from gradsift.bindings.data import Dataset
-from gradsift.bindings.encode import Encoder, form_of
+from gradsift.bindings.data import Dataset, encoder_for
+from gradsift.bindings.encode import form_of
+from gradsift.bindings.losses import forms_of, loss_of
 from gradsift.bindings.models import Loaded, load
 from gradsift.bindings.records import ListRecords, Record, open_records
-from gradsift.bindings.space import Space
+from gradsift.bindings.space import Examples, Loss, Space
 from gradsift.engine.losses import language_model
 from gradsift.engine.store.reader import FeatureStore
 from gradsift.kernels.errors import DataError
@@ -85,23 +86,29 @@ class Workspace(Space):
         checkpoints = checkpoints_from(notes.checkpoints or [])
         if checkpoints:
             put_last(self.loaded.model, checkpoints, notes.modules)
-        data = self._open(notes.data)
-        super().__init__(store, self.loaded.model, language_model, notes.modules, data, places, checkpoints=checkpoints)
+        loss = loss_of(store)
+        data = self._open(notes.data, forms_of(loss))
+        super().__init__(store, self.loaded.model, loss, notes.modules, data, places, checkpoints=checkpoints)
 
-    def _open(self, path: str, records: Any = None, check: bool = False) -> Dataset:
+    def loss_for(self, questions: Examples) -> Loss:
+        """The rows' own loss for records of their form; that of a language model for a text, whatever the rows are."""
+        form = getattr(questions, "encoder", self.data.encoder).form
+        return self.loss if form in forms_of(self.loss) else language_model
+
+    def _open(self, path: str, forms: Sequence[str], records: Any = None, check: bool = False) -> Dataset:
         records = open_records(path) if records is None else records
         try:
-            form = form_of(records[0])
+            form = form_of(records[0], forms)
         except DataError as error:
             raise DataError(f"{records.place(0)}: {error}") from None
-        encoder = Encoder(
+        encoder = encoder_for(
             self.loaded.tokenizer, form, self.notes.max_length, self.notes.eos, self.loaded.encoder_decoder
         )
         return Dataset(records, encoder, check=check)
 
     def questions(self, path: str) -> Dataset:
         """Queries or targets from a file, all of them checked."""
-        return self._open(path, check=True)
+        return self._open(path, tuple(dict.fromkeys((*forms_of(language_model), *forms_of(self.loss)))), check=True)
 
     def question(self, text: str | None, prompt: str | None, completion: str | None) -> Dataset:
         """One query typed in; a prompt alone is answered by the model first, and that answer is the query."""
@@ -113,7 +120,7 @@ class Workspace(Space):
             record = {"prompt": prompt, "completion": completion}
             if chat:
                 record = {"messages": _turns(str(prompt), completion)}
-        return self._open("", ListRecords([record], "query"), check=True)
+        return self._open("", forms_of(language_model), ListRecords([record], "query"), check=True)
 
     def _answer(self, prompt: str, chat: bool) -> str:
         tokenizer = self.loaded.tokenizer
