@@ -289,9 +289,9 @@ def test_the_sweep_by_gram_matrices_is_the_fisher_of_the_store(tmp_path: Path) -
     bench = Bench(case(), tmp_path)
     for k in (0.1, 1.0):
         stored = bench.scores("fisher", Rows(EXACT), k)
-        assert np.abs(bench.exact_fisher.scores(k) - stored).max() < 1e-4 * np.abs(stored).max()  # float32 products
-    np.testing.assert_allclose(bench.exact_fisher.dot, bench.scores("dot", Rows(EXACT)), rtol=1e-4, atol=1e-6)
-    whole = Bench(case(), tmp_path).exact_fisher
+        assert np.abs(bench.exact_fisher().scores(k) - stored).max() < 1e-4 * np.abs(stored).max()  # float32 products
+    np.testing.assert_allclose(bench.exact_fisher().dot, bench.scores("dot", Rows(EXACT)), rtol=1e-4, atol=1e-6)
+    whole = Bench(case(), tmp_path).exact_fisher()
     own = np.diag(_self_scores(whole, bench))
     np.testing.assert_allclose(whole.own(1.0), own, rtol=1e-3)
 

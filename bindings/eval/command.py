@@ -67,8 +67,8 @@ def evaluate(
     Every outcome is kept at once: stopped at any moment, the same command goes on where it was, and run in several
     shells (on several GPUs) it shares the trainings.
     """
-    from gradsift.bindings.cli import hush
     from gradsift.bindings.eval.render import print_evaluation
+    from gradsift.bindings.hush import hush
     from gradsift.bindings.render import ticking
     from gradsift.engine.fidelity.evaluate import REMOVED
     from gradsift.engine.fidelity.evaluate import evaluate as run

@@ -98,7 +98,8 @@ def mean_states(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     if "attention_mask" not in inputs:
         return hidden.mean(dim=1)
     mask = inputs["attention_mask"][..., None].to(hidden.dtype)
-    return (hidden * mask).sum(dim=1) / mask.sum(dim=1)
+    mean: Tensor = (hidden * mask).sum(dim=1) / mask.sum(dim=1)
+    return mean
 
 
 class _Untuned(nn.Module):

@@ -32,14 +32,8 @@ def print_evaluation(console: Console, found: Evaluation) -> None:
         f"{found.subsets} random halves x {found.seeds} seeds",
         highlight=False,
     )
-    columns: list[_Column] = [
-        ("bytes", lambda row: None if row.bytes is None else bytes_text(row.bytes)),
-        ("LDS", lambda row: row.lds and _around(row.lds.mean, row.lds.interval)),
-        ("QLD", lambda row: row.qld and _around(row.qld.mean, row.qld.interval, 3)),
-        ("AUC", lambda row: row.auc and f"{row.auc.value:.3f}"),
-        ("class", lambda row: row.classes and f"{row.classes.value:.2f}"),
-        ("exact", lambda row: row.agreement and f"{row.agreement.recall.value:.2f}"),
-    ]
+    columns: list[_Column] = [("bytes", _bytes), ("LDS", _lds), ("QLD", _qld), ("AUC", _auc)]
+    columns += [("class", _class), ("exact", _exact)]
     shown = [column for column in columns if any(column[1](row) for row in found.rows)]
     bars = console.width >= _ROOM_FOR_BARS
     if len(shown) > _NARROW and not bars:
@@ -69,6 +63,30 @@ def print_evaluation(console: Console, found: Evaluation) -> None:
 def ranked(found: Evaluation) -> list[Row]:
     """Rows by LDS, highest first; those without one last, in their order."""
     return sorted(found.rows, key=lambda row: -row.lds.mean if row.lds is not None else 2.0)
+
+
+def _bytes(row: Row) -> str | None:
+    return None if row.bytes is None else bytes_text(row.bytes)
+
+
+def _lds(row: Row) -> str | None:
+    return None if row.lds is None else _around(row.lds.mean, row.lds.interval)
+
+
+def _qld(row: Row) -> str | None:
+    return None if row.qld is None else _around(row.qld.mean, row.qld.interval, 3)
+
+
+def _auc(row: Row) -> str | None:
+    return None if row.auc is None else f"{row.auc.value:.3f}"
+
+
+def _class(row: Row) -> str | None:
+    return None if row.classes is None else f"{row.classes.value:.2f}"
+
+
+def _exact(row: Row) -> str | None:
+    return None if row.agreement is None else f"{row.agreement.recall.value:.2f}"
 
 
 def _around(value: float, interval: Interval, digits: int = 2) -> str:

@@ -22,7 +22,7 @@ from gradsift.engine.compaction.store import CompactStore
 from gradsift.engine.extraction.extract import extract
 from gradsift.engine.extraction.fingerprints import adapter_fingerprint
 from gradsift.engine.fidelity.case import FidelityCase
-from gradsift.engine.fidelity.exact import ExactFisher
+from gradsift.engine.fidelity.exact import By, ExactFisher
 from gradsift.engine.scorers.scores import stream_scores
 from gradsift.engine.store.reader import FeatureStore
 from gradsift.kernels.errors import DataError, ShapeError
@@ -52,12 +52,14 @@ class Rows:
         grouped: each parameter's apart.
         along: None for the trained model, "plain" for its checkpoints, "adam" for Adam's updates at them.
         curvature: with gradients of drawn labels, where the loss can draw them.
+        measure: of another loss, a name among the case's ``measures``.
     """
 
     spec: SketchSpec
     grouped: bool = False
     along: str | None = None
     curvature: bool = True
+    measure: str | None = None
 
 
 class Scoring(Protocol):
@@ -69,8 +71,8 @@ class Scoring(Protocol):
         ...
 
     @property
-    def scores(self) -> Callable[[Bench], np.ndarray]:
-        """Gives (q, n)."""
+    def scores(self) -> Callable[[Bench], np.ndarray] | None:
+        """Gives (q, n); None for a method that scores examples alone."""
         ...
 
 
@@ -88,6 +90,7 @@ class Bench:
         self._stores: dict[tuple[Rows, bool], FeatureStore] = {}
         self._again: dict[int, Bench] = {}
         self._scores: dict[str, np.ndarray] = {}
+        self._fishers: dict[By, ExactFisher] = {}
 
     @cached_property
     def model(self) -> nn.Module:
@@ -144,11 +147,11 @@ class Bench:
         np.put_along_axis(scores, top.rows, top.scores, axis=1)
         return scores
 
-    def remembered(self, candidate: Scoring) -> np.ndarray:
-        """A candidate's scores, worked out once."""
-        if candidate.name not in self._scores:
+    def remembered(self, candidate: Scoring) -> np.ndarray | None:
+        """A candidate's scores, worked out once; None where it has none."""
+        if candidate.name not in self._scores and candidate.scores is not None:
             self._scores[candidate.name] = candidate.scores(self)
-        return self._scores[candidate.name]
+        return self._scores.get(candidate.name)
 
     def own(self, scorer: Any, rows: Rows) -> np.ndarray:
         """Scores of all examples by a scorer that compares no queries, float64 (n,)."""
@@ -172,19 +175,13 @@ class Bench:
         """How many queries there are."""
         return sum(len(self.case.loss(self.model, batch)) for batch in self.case.queries)
 
-    @cached_property
-    def exact_fisher(self) -> ExactFisher:
-        """The true Fisher by exact gradients."""
+    def exact_fisher(self, by: By = "all") -> ExactFisher:
+        """The true Fisher by exact gradients; ``by`` as of ``ExactFisher``."""
         if not self.labels:
             raise DataError("the loss cannot draw labels (it has no .sampled), so there is no true Fisher")
-        return ExactFisher(*self.whole())
-
-    @cached_property
-    def layered_fisher(self) -> ExactFisher:
-        """The same with a damping that goes with each layer's own gradients."""
-        if not self.labels:
-            raise DataError("the loss cannot draw labels (it has no .sampled), so there is no true Fisher")
-        return ExactFisher(*self.whole(), layered=True)
+        if by not in self._fishers:
+            self._fishers[by] = ExactFisher(*self.whole(), by)
+        return self._fishers[by]
 
     def whole(self) -> tuple[FeatureStore, FeatureStore]:
         """Whole gradients of all examples and of all queries."""
@@ -211,7 +208,7 @@ class Bench:
         store = extract(
             self.model,
             _Numbered(case.queries if queries else case.batches),
-            case.loss,
+            case.loss if rows.measure is None else case.measures[rows.measure],
             self._folder / f"{name}.zarr",
             spec=rows.spec,
             modules=case.modules,

@@ -10,7 +10,7 @@ import numpy as np
 
 from gradsift.engine.fidelity.bench import EXACT, LABELS, Bench, Rows
 from gradsift.engine.fidelity.corrected import corrected_scores
-from gradsift.engine.fidelity.exact import ExactFisher
+from gradsift.engine.fidelity.exact import By, ExactFisher
 from gradsift.engine.scorers.protocol import name_of
 from gradsift.kernels.spec import SketchSpec
 
@@ -52,18 +52,18 @@ def exact(scorer: str) -> Candidate:
     )
 
 
-def exact_fisher(damping: float, labels: int | None = None, models: int = 1, layered: bool = False) -> Candidate:
+def exact_fisher(damping: float, labels: int | None = None, models: int = 1, by: By = "all") -> Candidate:
     """Exact gradients and the damped true Fisher.
 
     Args:
         labels: drawn for each example. models: trained under seeds 0, 1, ...; the mean of their scores.
-        layered: damped by layer, see ``ExactFisher``.
+        by: what the damping goes with, see ``ExactFisher``.
     """
     drawn = "" if labels is None else f", {labels} label" + "s" * (labels > 1)
-    how = f", {models} models" if models > 1 else ", by layer" if layered else ""
+    how = f", {models} models" if models > 1 else "" if by == "all" else f", by {by}"
 
     def fisher(bench: Bench) -> ExactFisher:
-        return bench.layered_fisher if layered else bench.exact_fisher
+        return bench.exact_fisher(by)
 
     def scores(bench: Bench) -> np.ndarray:
         benches = [bench, *(bench.again(seed) for seed in range(1, models))]
@@ -98,15 +98,16 @@ def sketched(
     *,
     grouped: bool = False,
     along: str | None = None,
+    measure: str | None = None,
 ) -> Candidate:
     """A scorer inside a sketch, as ``topk`` uses it.
 
     Args:
         scorer: a name, or a scorer of your own.
-        grouped, along: as of ``Rows``.
+        grouped, along, measure: as of ``Rows``.
     """
     own = not isinstance(scorer, str)
-    rows = Rows(SketchSpec(dim=dim), grouped, along, curvature=along is None and not grouped)
+    rows = Rows(SketchSpec(dim=dim), grouped, along, along is None and measure is None and not grouped, measure)
     k = "" if damping is None else f", k {damping:g}"
     after = ", checkpoints" if along is not None else ""
     return Candidate(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,8 @@ class FidelityCase:
         modules: whose gradients are taken, as of ``Capture``.
         outputs: ``outputs(model) -> (q,)``, the losses that are to be predicted; ``loss`` of the queries unless given.
         model: the model whose gradients are taken; ``retrain`` on everything with seed 0 unless given.
+        measures: other losses of the same examples, whose gradients some methods compare: "timesteps" with each kept
+            apart (DMin), "squared_prediction" (D-TRAK).
         checkpoints: gives those of the run that trained ``model``, with learning rates and Adam's moments, for methods
             that follow training.
         before: the model before training, for the baseline that compares activations.
@@ -60,6 +62,7 @@ class FidelityCase:
     modules: Modules = "lora"
     outputs: Callable[[Any], Any] | None = None
     model: nn.Module | None = None
+    measures: Mapping[str, LossFunction] = field(default_factory=dict)
     checkpoints: Callable[[], Sequence[Checkpoint]] | None = None
     before: nn.Module | None = None
     texts: Sequence[str] | None = None

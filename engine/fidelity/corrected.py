@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,6 +14,7 @@ from gradsift.engine.capture.frozen import evaluating
 from gradsift.engine.curvature.curvature import Curvature
 from gradsift.engine.store.ids import seed_of
 from gradsift.kernels.errors import DataError
+from gradsift.kernels.spec import Layout
 
 if TYPE_CHECKING:
     from gradsift.engine.fidelity.bench import Bench
@@ -57,8 +59,8 @@ def corrected_scores(bench: Bench, method: str, k: float, labels: int) -> np.nda
         v = {name: part.reshape(shape) for (name, shape), part in zip(shapes, parts, strict=True)}
         directions.append(_flat(curvature.correct(v, method, k=k), shapes))
     rows = torch.from_numpy(examples.features[:])
-    return (torch.stack(directions) @ rows.to(torch.float64).T).numpy()
+    return np.asarray(torch.stack(directions) @ rows.to(torch.float64).T)
 
 
-def _flat(v: object, shapes: object) -> Tensor:
-    return torch.cat([v[name].reshape(-1).to(torch.float64) for name, _ in shapes])  # type: ignore[index, attr-defined]
+def _flat(v: Mapping[str, Tensor], shapes: Layout) -> Tensor:
+    return torch.cat([v[name].reshape(-1).to(torch.float64) for name, _ in shapes])

@@ -126,7 +126,7 @@ def _score(candidates: Sequence[Candidate], bench: Bench, progress: Progress) ->
     for done, candidate in enumerate(candidates):
         progress("scoring", done, len(candidates))
         try:
-            scores = None if candidate.scores is None else bench.remembered(candidate)
+            scores = bench.remembered(candidate)
             suspicion = None
             if bench.case.wrong is not None:
                 suspicion = _suspicion(candidate, bench, scores)
@@ -155,8 +155,9 @@ def _row(one: _Scored, bench: Bench, chosen: np.ndarray, losses: np.ndarray) -> 
         row = replace(row, lds=lds(scores, chosen, losses))
         if case.labels is not None and case.query_labels is not None:
             row = replace(row, classes=class_recall(scores, case.labels, case.query_labels, top))
-        if candidate.truth is not None:
-            row = replace(row, agreement=agreement(scores, bench.remembered(candidate.truth), top))
+        truth = None if candidate.truth is None else bench.remembered(candidate.truth)
+        if truth is not None:
+            row = replace(row, agreement=agreement(scores, truth, top))
     if one.suspicion is not None and case.wrong is not None:
         row = replace(row, auc=auc(one.suspicion, case.wrong))
     return row

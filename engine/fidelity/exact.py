@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import numpy as np
 import torch
@@ -11,10 +12,15 @@ from torch import Tensor
 from gradsift.engine.store.reader import FeatureStore
 from gradsift.kernels.errors import ShapeError
 
-__all__ = ["ExactFisher"]
+__all__ = ["By", "ExactFisher"]
+
+By = Literal["all", "layer", "number"]
 
 _COLUMNS = 4096
 """Columns that are multiplied at a time; their float32 products are summed in float64."""
+
+_LEAST = 1e-3
+"""Mean squares below this share of their mean count as so much: a number without any gradient has no scale."""
 
 
 class ExactFisher:
@@ -25,18 +31,19 @@ class ExactFisher:
 
     Args:
         store: of kind "identity", with a curvature sample. queries: of the same gradients.
-        layered: lambda is not the same for all parameters but goes with the root mean square of each parameter's own
-            gradients, as Adam's steps do (our own reading of layer-wise damping).
+        by: what lambda is the same for: "all"; or it goes with the root mean square of the drawn gradients of each
+            parameter ("layer") or of each number ("number"). That is the metric in which Adam moves: what it has not
+            yet learned, it has not learned in that metric (our own reading of layer-wise damping).
     """
 
-    def __init__(self, store: FeatureStore, queries: FeatureStore, layered: bool = False) -> None:
+    def __init__(self, store: FeatureStore, queries: FeatureStore, by: By = "all") -> None:
         sample = store.curvature
         if sample is None:
             raise ShapeError(f"{store.path} holds no curvature sample: extract with curvature=2000")
         examples, asked = (torch.from_numpy(_matrix(s.features[:])) for s in (store, queries))
         rows = torch.from_numpy(_matrix(sample.numpy()))
-        if layered:
-            scale = _by_layer(store, rows)
+        if by != "all":
+            scale = _scale(store, rows, by)
             examples, asked, rows = examples * scale, asked * scale, rows * scale
         self._dot = _products(asked, examples)
         self._asked, self._known, self._gram = _products(asked, rows), _products(rows, examples), _products(rows, rows)
@@ -52,7 +59,7 @@ class ExactFisher:
     @property
     def dot(self) -> np.ndarray:
         """Plain inner products, (q, n)."""
-        return self._dot.numpy()
+        return np.asarray(self._dot)
 
     def scores(self, damping: float = 1.0, labels: int | None = None) -> np.ndarray:
         """Scores, float64 (q, n).
@@ -61,12 +68,12 @@ class ExactFisher:
             damping: k. labels: of the drawn ones, as many of each example.
         """
         solved, lam, keep = self._solved(damping, labels)
-        return ((self._dot - self._asked[:, keep] @ solved) / lam).numpy()
+        return np.asarray((self._dot - self._asked[:, keep] @ solved) / lam)
 
     def own(self, damping: float = 1.0) -> np.ndarray:
         """Each example's score for itself, float64 (n,)."""
         solved, lam, keep = self._solved(damping, None)
-        return ((self._self - (self._known[keep] * solved).sum(dim=0)) / lam).numpy()
+        return np.asarray((self._self - (self._known[keep] * solved).sum(dim=0)) / lam)
 
     def _solved(self, damping: float, labels: int | None) -> tuple[Tensor, float, Tensor]:
         """``(RR' + N lambda I)^-1 R T'``, lambda, and which rows."""
@@ -78,13 +85,14 @@ class ExactFisher:
         return torch.cholesky_solve(self._known[keep], torch.linalg.cholesky(gram)), lam, keep
 
 
-def _by_layer(store: FeatureStore, rows: Tensor) -> Tensor:
-    """Multipliers of all numbers, (P,), after which an even damping is one that goes with each layer's slopes."""
-    sizes = [math.prod(shape) for _, shape in store.spec.layout]
-    square = [part.square().mean() for part in rows.split(sizes, dim=1)]
-    mean = torch.stack(square).mean()
-    scales = [(s / mean).clamp_min(1e-6) ** -0.25 for s in square]
-    return torch.cat([s.expand(size) for s, size in zip(scales, sizes, strict=True)])
+def _scale(store: FeatureStore, rows: Tensor, by: By) -> Tensor:
+    """Multipliers of all numbers, (P,), after which an even damping is one that goes with root mean squares."""
+    square = rows.square().mean(dim=0)
+    if by == "layer":
+        sizes = [math.prod(shape) for _, shape in store.spec.layout]
+        square = torch.cat([part.mean().expand(size) for part, size in zip(square.split(sizes), sizes, strict=True)])
+    scale: Tensor = (square / square.mean()).clamp_min(_LEAST) ** -0.25
+    return scale
 
 
 def _matrix(rows: np.ndarray) -> np.ndarray:

@@ -94,7 +94,7 @@ def spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Spearman correlation of the columns of (m, q) arrays, average ranks for ties: (q,), NaN for a constant column."""
     a, b = _centred_ranks(a), _centred_ranks(b)
     scale = np.sqrt((a * a).sum(axis=0) * (b * b).sum(axis=0))
-    return np.divide((a * b).sum(axis=0), scale, out=np.full(a.shape[1], np.nan), where=scale > 0)
+    return np.asarray(np.divide((a * b).sum(axis=0), scale, out=np.full(a.shape[1], np.nan), where=scale > 0))
 
 
 def reliability(losses: np.ndarray) -> float:
@@ -129,7 +129,7 @@ def _centred_ranks(values: np.ndarray) -> np.ndarray:
     last = np.minimum.accumulate(np.where(after, place, m)[::-1], axis=0)[::-1]
     ranks = np.empty(values.shape)
     np.put_along_axis(ranks, order, (first + last) / 2, axis=0)
-    return ranks - ranks.mean(axis=0)
+    return np.asarray(ranks - ranks.mean(axis=0))
 
 
 def _mean(values: np.ndarray) -> float:

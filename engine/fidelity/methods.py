@@ -13,6 +13,7 @@ from gradsift.engine.fidelity.candidates import (
     exact_fisher,
     sketched,
 )
+from gradsift.engine.fidelity.exact import By
 
 __all__ = ["standard"]
 
@@ -20,6 +21,7 @@ _SWEEP = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 _DIMS = (1024, 4096, 8192)
 _SIZES = (128, 256, 512, 1024)
 _MODELS = 3
+_METRICS: tuple[By, ...] = ("layer", "number")
 
 
 def standard(bench: Bench) -> list[Candidate]:
@@ -30,7 +32,7 @@ def standard(bench: Bench) -> list[Candidate]:
     found = [*BASELINES, dot, exact("cosine")]
     found += [exact_fisher(k) for k in _SWEEP]
     found += [exact_fisher(1.0, labels) for labels in (1, 2, 4) if labels < LABELS]
-    found += [exact_fisher(k, layered=True) for k in (1.0, 3.0)]
+    found += [exact_fisher(k, by=by) for by in _METRICS for k in (1.0, 3.0)]
     found.append(exact_fisher(1.0, models=_MODELS))
     found += [corrected("ekfac", k) for k in (0.3, 1.0, 3.0)]
     found.append(corrected("ggn", 1.0))
@@ -42,8 +44,10 @@ def standard(bench: Bench) -> list[Candidate]:
     found += [sketched("trak", usual), sketched("datainf", 1024, grouped=True)]
     if bench.case.checkpoints is not None:
         found += [sketched("dot", usual, along="plain"), sketched("less", usual, along="adam")]
-    if hasattr(bench.case.loss, "parts"):
-        found.append(sketched("dmin", usual))
+    if "timesteps" in bench.case.measures:
+        found.append(sketched("dmin", usual, measure="timesteps"))
+    if "squared_prediction" in bench.case.measures:
+        found.append(sketched("dtrak", usual, measure="squared_prediction"))
     if bench.case.wrong is not None:
         found += [alone("self", usual), alone("self_fisher", usual)]
     return found

@@ -205,7 +205,7 @@ def _tune(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
-        model = peft.get_peft_model(copy.deepcopy(base), config)
+        model: nn.Module = peft.get_peft_model(copy.deepcopy(base), config)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=plan.rate, weight_decay=0.0)
     order = torch.Generator().manual_seed(seed)
