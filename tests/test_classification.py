@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import gradsift as gs
+from gradsift.engine.curvature.products import Products
 from gradsift.engine.losses import Margin, classification
 
 CLASSES = 5
@@ -125,6 +126,20 @@ def test_drawn_labels_depend_on_the_seed_alone_and_follow_the_models_probabiliti
     )
     with pytest.raises(gs.ShapeError, match="got 2 seeds for 3 examples"):
         classification.sampled(model, {k: v[:3] for k, v in whole.items()}, [1, 2])
+
+
+def test_gauss_newton_products_equal_the_dense_matrix() -> None:
+    model, whole = Net().eval(), batch()
+    products = Products(model, [whole], classification, "*")
+    u = torch.randn(products.flat.size, dtype=torch.float64)
+    weights = [model.first.weight, model.last.weight]
+    logits = model(whole["pixels"])
+    rows = [torch.autograd.grad(z, weights, retain_graph=True) for z in logits.flatten()]
+    j = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows]).double().view(6, CLASSES, -1)
+    p = logits.detach().double().softmax(1)
+    h = torch.diag_embed(p) - p[:, :, None] * p[:, None]
+    expected = torch.einsum("ncp,ncd,ndq,q->p", j, h, j, u)
+    assert (products.gauss_newton(u) - expected).norm() <= 1e-5 * expected.norm()
 
 
 def test_a_store_of_either_loss_says_what_it_holds(tmp_path: Any) -> None:

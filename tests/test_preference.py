@@ -15,6 +15,7 @@ from torch.nn import functional
 
 import gradsift as gs
 from gradsift.engine.capture.maps import parameters_of
+from gradsift.engine.curvature.products import Products
 from gradsift.engine.losses import DPO, IGNORE
 
 PAIRS = 4
@@ -211,6 +212,25 @@ def test_shares_add_up_to_the_loss_at_any_weights(settings: dict[str, Any]) -> N
     held = loss.token_losses.hold(model, batch)
     torch.testing.assert_close(loss.token_losses(model, held), shares)
     assert (shares[:, :, :3] == 0).all()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")
+@pytest.mark.parametrize("settings", FORMS)
+def test_gauss_newton_products_equal_the_dense_matrix(settings: dict[str, Any]) -> None:
+    """f''(h) dh dh' of each pair, f'' by autograd of the loss as a function of h."""
+    model, batch, loss = with_lora(llama()), pairs(), DPO(**settings)
+    products = Products(model, [batch], loss)
+    u = torch.randn(products.flat.size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    expected = torch.zeros_like(u)
+    for i in range(PAIRS):
+        dh = gs.gradient(
+            model, one(batch, i), lambda model, pair: loss._preference(model, pair, loss._logps(model, pair))
+        )
+        flat = torch.cat([g.flatten().double() for g in dh.values()])
+        h = loss._preference(model, one(batch, i), loss._logps(model, one(batch, i))).detach().double()
+        bent = torch.autograd.functional.hessian(lambda x: loss._value(x, {}).sum(), h).item()  # type: ignore[no-untyped-call]
+        expected += bent * flat * (flat @ u)
+    assert (products.gauss_newton(u) - expected).norm() <= 1e-4 * expected.norm()
 
 
 class Words(nn.Module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gradsift.engine.losses.counter import counter_uniform
 from gradsift.engine.losses.inside import forward_arguments
-from gradsift.engine.losses.softmax import cross_entropy, draw, upcast
+from gradsift.engine.losses.softmax import bend, cross_entropy, draw, upcast
 from gradsift.kernels.errors import DataError, ShapeError
 
 __all__ = ["ClassificationLoss", "Margin", "classification"]
@@ -59,6 +59,15 @@ class ClassificationLoss:
         with torch.no_grad():
             logits, labels = _predictions(model, batch)
         return {**batch, "labels": _drawn(logits, labels, seeds).cpu()}
+
+    def gauss_newton(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """The outputs that the loss is a convex function of, and the product with its second derivative at them.
+
+        Returns:
+            logits (n, classes); and ``hessian(t)`` for t of their shape: see ``softmax.bend``.
+        """
+        logits, labels = _predictions(model, batch)
+        return logits, lambda tangent: bend(logits, labels, tangent)
 
 
 class Margin:

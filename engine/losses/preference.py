@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Self, get_args
 
 import numpy as np
@@ -108,6 +108,18 @@ class DPO:
         with torch.no_grad():
             h = self._preference(model, batch, self._logps(model, batch)).double().cpu()
         return {**batch, _DRAWN: torch.where(uniform < (self.beta * h).sigmoid(), 1.0, -1.0).float()}
+
+    def gauss_newton(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """The number that the loss is a convex function of, and the product with its second derivative at it.
+
+        Returns:
+            h (n,); and ``hessian(t)`` for t (n,): ``beta^2 p (1 - p) t`` with p = sigmoid(beta h), or 2 t of "ipo".
+        """
+        h = self._preference(model, batch, self._logps(model, batch))
+        if self.form == "ipo":
+            return h, lambda tangent: 2 * tangent
+        p = (self.beta * h.detach()).sigmoid()
+        return h, lambda tangent: self.beta**2 * p * (1 - p) * tangent
 
     def owners(self, batch: Mapping[str, Any]) -> Tensor:
         """Of each row that the model sees the number of its pair, int64 (2 n,)."""
