@@ -50,7 +50,8 @@ class Rows:
     Attributes:
         spec: the sketch, or ``EXACT``.
         grouped: each parameter's apart.
-        along: None for the trained model, "plain" for its checkpoints, "adam" for Adam's updates at them.
+        along: None for the trained model, "plain" for its checkpoints, "adam" for Adam's updates at them, "first"
+            for the first of them alone.
         curvature: with gradients of drawn labels, where the loss can draw them.
         measure: of another loss, a name among the case's ``measures``.
     """
@@ -205,6 +206,7 @@ class Bench:
         along: list[Checkpoint] | None = None
         if rows.along is not None:
             along = [c if rows.along == "adam" else replace(c, adam=None) for c in self.checkpoints]
+            along = along[:1] if rows.along == "first" else along
         store = extract(
             self.model,
             _Numbered(case.queries if queries else case.batches),

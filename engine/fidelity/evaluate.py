@@ -22,6 +22,7 @@ from gradsift.engine.fidelity.methods import standard
 from gradsift.engine.fidelity.qld import qld, removals
 from gradsift.engine.fidelity.recall import agreement, class_recall
 from gradsift.engine.fidelity.result import Evaluation, Row
+from gradsift.engine.fidelity.stores import own_folder
 from gradsift.kernels.errors import DataError, GradsiftError
 
 __all__ = ["REMOVED", "Progress", "evaluate"]
@@ -66,7 +67,7 @@ def evaluate(
     found, and how many of the best are of the query's class; and how much of its exact formula a sketch keeps.
 
     Every outcome is kept in ``cache`` at once. A killed evaluation goes on where it was, and several processes that are
-    given the same cache share the retrainings; only the first to be through writes nothing twice.
+    given the same cache share the retrainings.
 
     Args:
         methods: names of rows as globs (``"BM25"``, ``"*fisher*"``), scorers of your own, or ``Candidate``; all that
@@ -83,14 +84,14 @@ def evaluate(
     key = case.fingerprint()
     folder = Path(cache) / f"{case.name}-{key[:12]}"
     outcomes = Outcomes(folder, key, case.measured)
-    bench = Bench(case, folder / "stores")
-    candidates = _chosen(methods, bench)
     chosen = subsets(case.examples, count, alpha)
     runs: list[Run] = [(tuple(np.flatnonzero(row).tolist()), seed) for seed in range(seeds) for row in chosen]
     losses = outcomes.get(runs, lambda done, total: progress("training on subsets", done, total))
     losses = losses.reshape(seeds, count, -1)
-    scored, left_out = _score(candidates, bench, progress)
-    rows = [_row(one, bench, chosen, losses.mean(axis=0)) for one in scored]
+    with own_folder(folder) as stores:
+        bench = Bench(case, stores)
+        scored, left_out = _score(_chosen(methods, bench), bench, progress)
+        rows = [_row(one, bench, chosen, losses.mean(axis=0)) for one in scored]
     if removed and int(remove * case.examples) < 1:
         left_out["QLD"] = f"a share of {remove:g} is less than one of {case.examples} examples"
         removed = ()

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from gradsift.engine.checkpoints.adam import adam_moments
+from gradsift.engine.checkpoints.checkpoint import Checkpoint
 from gradsift.engine.extras import require
 from gradsift.engine.fidelity.case import FidelityCase
 from gradsift.engine.losses import classification
@@ -58,6 +60,11 @@ def digits_case(examples: int = 400, seed: int = 0) -> FidelityCase:
     def retrain(rows: Sequence[int], seed: int) -> nn.Module:
         return _tune(base, pixels[list(rows)], labels[list(rows)], seed)
 
+    def checkpoints() -> list[Checkpoint]:
+        kept: list[Checkpoint] = []
+        _tune(base, pixels, labels, 0, kept)
+        return kept
+
     return FidelityCase(
         name="digits",
         key=f"1 {seed} {examples} {torch.stack([p.detach().double().sum() for p in base.parameters()]).sum():.6f}",
@@ -66,6 +73,7 @@ def digits_case(examples: int = 400, seed: int = 0) -> FidelityCase:
         batches=[{"pixels": pixels, "labels": labels}],
         queries=[{"pixels": images[asked].flatten(1), "labels": torch.from_numpy(truth[asked])}],
         loss=classification,
+        checkpoints=checkpoints,
         before=base,
         states=_states,
         inputs=lambda batch: batch["pixels"],
@@ -88,22 +96,30 @@ def _base(pixels: Tensor, labels: Tensor) -> nn.Module:
     return network.eval()
 
 
-def _tune(base: nn.Module, pixels: Tensor, labels: Tensor, seed: int) -> nn.Module:
+def _tune(
+    base: nn.Module, pixels: Tensor, labels: Tensor, seed: int, checkpoints: list[Checkpoint] | None = None
+) -> nn.Module:
     peft = require("peft")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = peft.LoraConfig(r=_RANK, lora_alpha=2 * _RANK, target_modules=["first", "second", "head"])
         model: nn.Module = peft.get_peft_model(copy.deepcopy(base), config)
-    _train(model, pixels, labels)
+    _train(model, pixels, labels, checkpoints)
     return model.eval()
 
 
-def _train(model: nn.Module, pixels: Tensor, labels: Tensor) -> None:
-    """Adam over all examples at once."""
+def _train(model: nn.Module, pixels: Tensor, labels: Tensor, checkpoints: list[Checkpoint] | None = None) -> None:
+    """Adam over all examples at once; ``checkpoints`` gets one after each quarter."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=_RATE, weight_decay=_DECAY)
+    rates: list[float] = []
     for step in range(_STEPS):
-        optimizer.param_groups[0]["lr"] = _RATE * (1 - step / _STEPS)
+        rates.append(_RATE * (1 - step / _STEPS))
+        optimizer.param_groups[0]["lr"] = rates[-1]
         cross_entropy(model(pixels), labels).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if checkpoints is not None and (step + 1) % (_STEPS // 4) == 0:
+            weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+            rate = float(np.mean(rates[-(_STEPS // 4) :]))
+            checkpoints.append(Checkpoint(weights, rate, adam_moments(optimizer, model), f"step {step + 1}"))
