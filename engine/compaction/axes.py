@@ -23,7 +23,10 @@ from gradsift.engine.curvature.fisher import Fisher
 from gradsift.engine.store.reader import FeatureStore
 from gradsift.kernels.errors import StoreError
 
-__all__ = ["Axes", "Principal", "principal_axes"]
+__all__ = ["HALF", "Axes", "Principal", "principal_axes"]
+
+HALF = 0.5
+"""How much of whitening keeps most of the best rows, over sizes and scorers."""
 
 _SMALLEST = 1e-7
 """Variances below this share of the largest are rounding: no row reaches along their axes."""
@@ -37,7 +40,7 @@ class Axes:
     """Maps from rows to what is coded of them, and from directions to what codes are multiplied by.
 
     Attributes:
-        encode, decode: float32 (checkpoints * dim, k), E and D above.
+        encode, decode: float32 or float64 (checkpoints * dim, k), E and D above.
     """
 
     encode: Tensor
@@ -48,7 +51,7 @@ class Axes:
 
     def project(self, rows: Tensor) -> Tensor:
         """Float32 (m, k) from rows (m, checkpoints * dim)."""
-        return rows.to(torch.float32) @ self.encode
+        return rows.to(torch.float32) @ self.encode.to(torch.float32)
 
     def turn(self, directions: Tensor) -> Tensor:
         """Float64 (q, k) from directions (q, checkpoints * dim)."""
@@ -80,14 +83,18 @@ class Principal:
     def __len__(self) -> int:
         return len(self.variance)
 
-    def keep(self, count: int) -> Axes:
-        """The first axes, half whitened and rotated."""
-        half = self.variance[:count] ** 0.25
+    def keep(self, count: int, whitening: float = HALF) -> Axes:
+        """The first axes, whitened and rotated.
+
+        Args:
+            whitening: 0 for none, 1 for all of it.
+        """
+        spread = self.variance[:count] ** (whitening / 2)
         generator = torch.Generator().manual_seed(_SEED)
         draw = torch.randn(count, count, generator=generator, dtype=torch.float64)
         turned, triangle = torch.linalg.qr(draw)
         turned = turned * triangle.diagonal().sign()
-        encode, decode = (self.encode[:, :count] / half) @ turned, (self.decode[:, :count] * half) @ turned
+        encode, decode = (self.encode[:, :count] / spread) @ turned, (self.decode[:, :count] * spread) @ turned
         return Axes(encode.to(torch.float32), decode.to(torch.float32))
 
 

@@ -41,8 +41,8 @@ _FEWEST, _MOST = 16, 1024
 _FIRST_BITS = (2, 4, 8)
 """Two bits per number answer best at any size; more where there are not so many axes."""
 
-_BLOCK = 16384
-"""Rows per chunk at most: 2 MB of codes."""
+_BLOCK = 4096
+"""Rows per chunk at most: what is read to name one row."""
 
 
 def compact(

@@ -31,7 +31,7 @@ _DEVIATIONS = 8.0
 _FLOAT32 = 1e-5
 """Relative error of what FAISS computes in float32, and of rows too short for it over the longest one."""
 
-_HEAD = 512
+_HEAD = 128
 """Longest rows that are candidates of every direction: what is left has a tighter bound."""
 
 

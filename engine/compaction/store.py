@@ -95,7 +95,8 @@ class CompactStore(FeatureStore):
     @cached_property
     def axes_maps(self) -> Axes:
         """From rows to what is coded, and from directions to what codes are multiplied by."""
-        return Axes(*(torch.from_numpy(column.read(self.path, 0)) for column in axes_columns(self.metadata)))
+        encode, decode = (torch.from_numpy(column.read(self.path, 0)) for column in axes_columns(self.metadata))
+        return Axes(encode, decode.to(torch.float64))  # once, instead of at every search
 
     def search(
         self,
@@ -205,7 +206,7 @@ class CompactStore(FeatureStore):
             _Decoded(self, rows),
             direction,
             k,
-            norms=np.full(len(rows), np.nan, dtype=np.float32),
+            norms=self._longest[rows],
             weights=None if weights is None else weights[rows],
             memory=_MEMORY,
         )
@@ -216,7 +217,7 @@ class CompactStore(FeatureStore):
             _Decoded(self),
             asked,
             k,
-            norms=np.full(len(self), np.nan, dtype=np.float32),
+            norms=self._longest,
             weights=weights,
             skip=skip,
             together=together,
@@ -229,6 +230,12 @@ class CompactStore(FeatureStore):
         if known is None or not _same(known.weights, weights):
             self._finder = known = Finder(self.chunks, self.bits, weights)
         return known
+
+    @cached_property
+    def _longest(self) -> np.ndarray:
+        """What no row is longer than as codes, float32 (n,): every number at its last level."""
+        last = ((1 << self.bits) - 1) / 2 * self.axes**0.5
+        return np.concatenate([np.float32(last) * scale for _, _, scale in self.chunks])
 
     @cached_property
     def chunks(self) -> list[tuple[int, np.ndarray, np.ndarray]]:
