@@ -6,7 +6,7 @@ PIP := $(BIN)/pip --disable-pip-version-check
 READY := $(VENV)/.ready
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 
-.PHONY: help install demo test lint types aot bench bench-quick gpu soak clean
+.PHONY: help install demo test lint types aot bench bench-quick fidelity gpu soak clean
 
 help:
 	@echo "make demo         install, then the main job on real text, on the CPU"
@@ -14,6 +14,7 @@ help:
 	@echo "make lint types   ruff and mypy"
 	@echo "make aot          compile every kernel ahead of time for four GPU targets"
 	@echo "make bench        benchmarks at full size, and the table of the README"
+	@echo "make fidelity     train again on parts of three data sets: which methods had predicted it?"
 	@echo "make gpu          check, then time, every kernel on a GPU (tiny in the interpreter without one)"
 	@echo "make soak         the kill tests, 100 times"
 
@@ -56,6 +57,10 @@ bench: $(READY)
 
 bench-quick: $(READY)
 	$(BIN)/python benchmarks/run.py
+
+# Kept in .fidelity/: a stopped run goes on where it was.
+fidelity: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/fidelity.py
 
 gpu: $(READY)
 	$(BIN)/python benchmarks/gpu.py
