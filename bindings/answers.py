@@ -14,6 +14,7 @@ from rich.text import Text
 
 from gradsift.bindings.curvature import choose_damping, correct, curvature_of, how_exact, summary
 from gradsift.bindings.data import Dataset
+from gradsift.bindings.describe import rows_text
 from gradsift.bindings.render import LEGEND, coloured, number, table
 from gradsift.bindings.workspace import Workspace
 from gradsift.engine.answers.gradient import gradient
@@ -164,7 +165,7 @@ class Asker:
 
     def _headline(self, top: TopK) -> Text:
         store = self._space.store
-        how = how_exact(self._method, self._corrected) or f"sketches of {store.spec.dim} numbers"
+        how = how_exact(self._method, self._corrected) or rows_text(store)
         return Text.assemble((str(store.path), "bold"), f"  {len(store):,} examples, {top.scorer}, {how}")
 
     def _loss(self, query: int) -> float:

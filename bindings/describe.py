@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _PARTS_SHOWN = 12
 """Parts of a row whose norms are printed."""
 
-__all__ = ["describe", "print_image_survey", "print_info", "print_survey"]
+__all__ = ["describe", "print_image_survey", "print_info", "print_survey", "rows_text"]
 
 
 def describe(store: FeatureStore) -> dict[str, Any]:
@@ -53,6 +53,12 @@ def describe(store: FeatureStore) -> dict[str, Any]:
         "bytes": sum(file.stat().st_size for file in store.path.rglob("*") if file.is_file()),
         "notes": store.metadata.get("notes") or {},
     }
+
+
+def rows_text(store: FeatureStore) -> str:
+    """What answers of a store rest on: ``sketches of 4096 numbers``, or ``codes of 128 bytes``."""
+    about = store.metadata.get("compacted")
+    return f"sketches of {store.spec.dim} numbers" if about is None else f"codes of {about['bytes']} bytes"
 
 
 def _compacted(store: FeatureStore) -> dict[str, Any] | None:

@@ -12,6 +12,7 @@ from rich.text import Text
 from torch import Tensor
 
 from gradsift.bindings.curvature import choose_damping, correct, curvature_of, how_exact, summary
+from gradsift.bindings.describe import rows_text
 from gradsift.bindings.diffusion.dataset import Dataset
 from gradsift.bindings.diffusion.grid import Row, Tile, draw
 from gradsift.bindings.diffusion.workspace import Workspace
@@ -110,7 +111,7 @@ class Asker:
     def print(self, console: Console, answers: Sequence[TopK]) -> None:
         """What was asked, then a table per answer."""
         store = self._space.store
-        how = how_exact(self._method, self._corrected) or f"sketches of {store.spec.dim} numbers"
+        how = how_exact(self._method, self._corrected) or rows_text(store)
         headline = f"  {len(store):,} images, {answers[0].scorer}, {how}"
         console.print(Text.assemble((str(store.path), "bold"), headline), highlight=False)
         console.print(f"query  {self._described()}, loss {self._loss():.4g}", style="bold", highlight=False)

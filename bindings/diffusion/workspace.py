@@ -82,7 +82,9 @@ class Workspace(Space):
     def __init__(self, store: FeatureStore, notes: Notes, device: str | None = None) -> None:
         self.notes = notes
         self.pipeline = load(notes.model, notes.lora, dtype=notes.dtype, device=device)
-        self._encoder = Encoder(self.pipeline, notes.resolution, cache_of(Path(store.path)))
+        made_of = Path((store.metadata.get("compacted") or {}).get("source", store.path))
+        kept = cache_of(made_of if cache_of(made_of).exists() else Path(store.path))
+        self._encoder = Encoder(self.pipeline, notes.resolution, kept)
         if self._encoder.fingerprint != notes.encoders:
             raise DataError(
                 f"the VAE or a text encoder of '{notes.model}' is not the one that '{store.path}' was extracted with: "
