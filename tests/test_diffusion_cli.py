@@ -381,3 +381,15 @@ def test_the_picture_shows_every_image_and_its_map(tmp_path: Path) -> None:
     count = {name: int((pixels == colour).all(axis=1).sum()) for name, colour in colours.items()}
     assert count["red"] > 40_000
     assert count["blue"] == pytest.approx(3 * count["red"] * (176 / 244) ** 2, rel=0.02)
+
+
+def test_a_compacted_store_is_asked_like_the_whole_one(store: str, cli: Cli, tmp_path: Path) -> None:
+    small = str(tmp_path / "small.compact")
+    done = cli("compact", store, "--bytes", "16", "--out", small)
+    assert done.code == 0, done.err
+    asked = ("--id", "003.png", "-k", "3", "--exact", "--json", "--device", "cpu")
+    found = [cli("query", path, *asked) for path in (store, small)]
+    assert found[1].code == 0, found[1].err
+    ids = [[row["id"] for row in json.loads(run.out)["most"]] for run in found]
+    assert ids[0] == ids[1]  # a list of 100 holds all 10: exact gradients decide
+    assert [entry.name for entry in tmp_path.iterdir()] == ["small.compact"]  # no image was encoded again
