@@ -60,9 +60,9 @@ def page(rows: list[Row]) -> str:
         "",
         "<!-- Written by `python benchmarks/methods_page.py`: edit what the classes say of themselves instead. -->",
         "",
-        "What each method computes, what it needs and costs, which test holds it to dense algebra on exact gradients, and "
-        "what was measured on the built-in cases of `gradsift eval` ([how to read this](fidelity.md)). Where the source "
-        "says *our reading*, details were not found in the paper. `lambda` is `k trace(F)/n`.",
+        "What each method computes, what it needs and costs, which test holds it to dense algebra on exact gradients, "
+        "and what was measured on the built-in cases of `gradsift eval` ([how to read this](fidelity.md)). Where the "
+        "source says *our reading*, details were not found in the paper. `lambda` is `k trace(F)/n`.",
         "",
         *_settings(rows),
     ]
