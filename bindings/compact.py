@@ -27,7 +27,10 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 @app.command(name="compact", context_settings={"help_option_names": ["-h", "--help"]})
 def compact_command(
     store: Annotated[Path, typer.Argument(help="A store that `gradsift extract` wrote.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="The compacted store to write: a new folder.", show_default=False)],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The compacted store to write, a new folder.  \\[default: train.compact for train.zarr]"),
+    ] = None,
     bytes_: Annotated[
         int | None,
         typer.Option("--bytes", help=f"Of each example's code, its scale included.  \\[default: {BYTES}]"),
@@ -50,9 +53,9 @@ def compact_command(
 ) -> None:
     """Keep 64 to 512 bytes of each example, and still find what the whole store finds.
 
-    [bold]gradsift compact train.zarr --bytes 128 --out train.compact[/bold]
+    [bold]gradsift compact train.zarr --bytes 128[/bold]
 
-    [bold]gradsift compact train.zarr --recall 0.95 --out train.compact[/bold]
+    [bold]gradsift compact train.zarr --recall 0.95 --out small.compact[/bold]
 
     What the codes find of the whole store's best 10 is measured on examples held out of the axes, and printed before
     anything is written. Then ask the small store as you would the large one.
@@ -61,6 +64,7 @@ def compact_command(
     [bold]gradsift compact more.zarr --append --out train.compact[/bold]
     """
     opened, console = FeatureStore.open(store), Console()
+    out = out or store.with_suffix(".compact")
     if append:
         if (bytes_, recall, bits) != (None, None, None):
             raise DataError("--append codes along the axes that are there: leave --bytes, --recall and --bits out")

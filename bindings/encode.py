@@ -137,7 +137,7 @@ class Encoder:
             return "assistant turns only, as the chat template marks them"
         return "assistant turns only, found by rendering prefixes (the chat template has no {% generation %} markers)"
 
-    def shown(self, record: Record, example: Example) -> list[str]:
+    def shown(self, record: Record, example: Any) -> list[str]:
         """The text of each token as people want to read it: of a chat without control tokens and default prompts."""
         if self.form != "messages":
             return list(example.pieces)

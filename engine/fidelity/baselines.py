@@ -73,7 +73,7 @@ def _given(*values: Any, names: str) -> tuple[Any, ...]:
 def _column(name: str) -> Callable[[Bench], np.ndarray]:
     def read(bench: Bench) -> np.ndarray:
         values = getattr(bench.any_store, name)
-        return np.asarray(values, dtype=np.float64).reshape(len(values), -1).sum(axis=1)
+        return np.asarray(np.asarray(values, dtype=np.float64).reshape(len(values), -1).sum(axis=1))
 
     return read
 
