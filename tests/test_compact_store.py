@@ -231,6 +231,17 @@ def test_killed_while_appending(
     assert tree(path) == tree(tmp_path / "b")
 
 
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_stopped_while_writing(halves: Halves, tmp_path: Path, stop: BaseException) -> None:
+    def until_codes(update: Any) -> None:
+        if update.stage == "codes" and update.rows:
+            raise stop
+
+    with pytest.raises((KeyboardInterrupt, gs.StoreError), match=r"the disk is full|^$"):
+        gs.compact(halves[0], tmp_path / "a", bytes=36, progress=until_codes)
+    assert not list(tmp_path.iterdir())
+
+
 def test_unusable_input(halves: Halves, tmp_path: Path) -> None:
     store = halves[0]
     compacted = gs.compact(store, tmp_path / "a", bytes=36, progress=False)

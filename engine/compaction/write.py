@@ -55,7 +55,11 @@ def write_whole(
             partial.rename(path)
             sync_folder(path.parent)
         except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
             raise cannot_write(error, path, "nothing was written") from error
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
 
 
 def write_more(root: Path, store: FeatureStore, units: Units, coding: Coding, description: dict[str, Any]) -> None:
