@@ -19,11 +19,13 @@ from gradsift.engine.capture.maps import parameters_of
 from gradsift.engine.checkpoints.checkpoint import Checkpoint
 from gradsift.engine.compaction.compact import compact
 from gradsift.engine.compaction.store import CompactStore
+from gradsift.engine.curvature.curvature import Curvature
 from gradsift.engine.extraction.extract import extract
 from gradsift.engine.extraction.fingerprints import adapter_fingerprint
 from gradsift.engine.fidelity.case import FidelityCase
 from gradsift.engine.fidelity.exact import By, ExactFisher
 from gradsift.engine.scorers.scores import stream_scores
+from gradsift.engine.store.ids import seed_of
 from gradsift.engine.store.reader import FeatureStore
 from gradsift.kernels.errors import DataError, ShapeError
 from gradsift.kernels.spec import SketchSpec
@@ -92,6 +94,7 @@ class Bench:
         self._again: dict[int, Bench] = {}
         self._scores: dict[str, np.ndarray] = {}
         self._fishers: dict[By, ExactFisher] = {}
+        self._curvatures: dict[int, Curvature] = {}
 
     @cached_property
     def model(self) -> nn.Module:
@@ -183,6 +186,24 @@ class Bench:
         if by not in self._fishers:
             self._fishers[by] = ExactFisher(*self.whole(), by)
         return self._fishers[by]
+
+    def curvature(self, labels: int) -> Curvature:
+        """A sample of all examples with so many drawn labels each, and what is fitted to it."""
+        loss: Any = self.case.loss
+        if not hasattr(loss, "sampled_batch"):
+            raise DataError("the loss cannot draw labels that are kept (it has no .sampled_batch)")
+        if labels not in self._curvatures:
+            batches, first = [], 0
+            with evaluating(self.model):
+                for batch in self.case.batches:
+                    numbers = range(first, first + len(loss(self.model, batch)))
+                    first = numbers.stop
+                    seeds = [[seed_of(0, number, draw) for number in numbers] for draw in range(labels)]
+                    batches += [loss.sampled_batch(self.model, batch, some) for some in seeds]
+            self._curvatures[labels] = Curvature(
+                self.model, batches, loss, modules=self.case.modules, examples=self.case.examples
+            )
+        return self._curvatures[labels]
 
     def whole(self) -> tuple[FeatureStore, FeatureStore]:
         """Whole gradients of all examples and of all queries."""

@@ -10,9 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradsift.engine.capture.frozen import evaluating
-from gradsift.engine.curvature.curvature import Curvature
-from gradsift.engine.store.ids import seed_of
 from gradsift.kernels.errors import DataError
 from gradsift.kernels.spec import Layout
 
@@ -34,25 +31,14 @@ def corrected_scores(bench: Bench, method: str, k: float, labels: int) -> np.nda
     Raises:
         DataError: the loss cannot draw labels, or the data is too much for a solve of each query over it.
     """
-    case, loss = bench.case, bench.case.loss
-    if not bench.labels or not hasattr(loss, "sampled_batch"):
-        raise DataError("the loss cannot draw labels that are kept (it has no .sampled_batch)")
+    case = bench.case
     if method == "ggn" and case.examples * bench.parameters > _PASSES:
         raise DataError(
             f"{case.examples} examples of {bench.parameters:,} parameters: a solve for each query would take too long"
         )
     examples, queries = bench.whole()
     shapes = examples.spec.layout
-    batches, first = [], 0
-    with evaluating(bench.model):
-        for batch in case.batches:
-            count = len(loss(bench.model, batch))
-            numbers = range(first, first + count)
-            first += count
-            for draw in range(1 if method == "ggn" else labels):
-                seeds = [seed_of(examples.spec.seed, number, draw) for number in numbers]
-                batches.append(loss.sampled_batch(bench.model, batch, seeds))
-    curvature = Curvature(bench.model, batches, loss, modules=case.modules, examples=case.examples)
+    curvature = bench.curvature(1 if method == "ggn" else labels)
     directions = []
     for row in torch.from_numpy(queries.features[:]):
         parts = row.split([math.prod(shape) for _, shape in shapes])
