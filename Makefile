@@ -14,7 +14,7 @@ help:
 	@echo "make lint types   ruff and mypy"
 	@echo "make aot          compile every kernel ahead of time for four GPU targets"
 	@echo "make bench        benchmarks at full size, and the table of the README"
-	@echo "make fidelity     train again on parts of three data sets: which methods had predicted it?"
+	@echo "make fidelity     train again on parts of two data sets: which methods had predicted it?"
 	@echo "make gpu          check, then time, every kernel on a GPU (tiny in the interpreter without one)"
 	@echo "make soak         the kill tests, 100 times"
 

@@ -57,6 +57,7 @@ def evaluate(
     removed: Sequence[str] = REMOVED,
     remove: float = 0.01,
     remove_queries: int = 20,
+    remove_seeds: int = 1,
     progress: Progress = lambda what, done, total: None,
 ) -> Evaluation:
     """Measure how well methods predict what retraining does.
@@ -74,7 +75,8 @@ def evaluate(
             fit unless given.
         count, alpha, seeds: subsets, their share of the examples, and trainings of each.
         removed: names of rows, as globs, whose best examples are removed; () for none.
-        remove, remove_queries: the share that is removed, and for how many of the first queries.
+        remove, remove_queries, remove_seeds: the share that is removed, for how many of the first queries, and how many
+            trainings without it.
 
     Raises:
         DataError: no method fits, or a name is unknown.
@@ -95,7 +97,9 @@ def evaluate(
     if removed and int(remove * case.examples) < 1:
         left_out["QLD"] = f"a share of {remove:g} is less than one of {case.examples} examples"
         removed = ()
-    rows = _remove(rows, scored, outcomes, removed, remove, min(remove_queries, losses.shape[2]), seeds, progress)
+    rows = _remove(
+        rows, scored, outcomes, removed, remove, min(remove_queries, losses.shape[2]), remove_seeds, progress
+    )
     return Evaluation(
         case.name, case.examples, losses.shape[2], count, seeds, reliability(losses), tuple(rows), left_out
     )

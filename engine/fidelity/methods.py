@@ -41,6 +41,7 @@ def standard(bench: Bench) -> list[Candidate]:
     found += [sketched("fisher", dim, 0.3, truth=exact_fisher(0.3)) for dim in dims]
     for size in _SIZES:
         found += [coded("dot", dims[-1], size, truth=dot), coded("fisher", dims[-1], size, 1.0, truth=fisher)]
+    found += [coded("fisher", dims[-1], size, 0.3, truth=exact_fisher(0.3)) for size in _SIZES]
     found += [sketched("trak", usual), sketched("datainf", 1024, grouped=True)]
     if bench.case.checkpoints is not None:
         found += [sketched("dot", usual, along="plain"), sketched("less", usual, along="adam")]
