@@ -90,7 +90,7 @@ def test_the_line_to_try_next_gives_the_same_images(played: Any, tmp_path: Path)
     arguments += ["--sample", str(TINY.exact_rows), "-k", "5", "--out", str(tmp_path / "grid.png"), "--json"]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
-    assert [row["id"] for row in json.loads(result.output)["most"]] == found.answer.ids[0, :5].tolist()
+    assert [row["id"] for row in json.loads(result.stdout)["most"]] == found.answer.ids[0, :5].tolist()
     assert (tmp_path / "grid.png").is_file()
 
 
