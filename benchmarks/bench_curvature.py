@@ -136,8 +136,8 @@ def test_fisher_steps(benchmark: Any, records: int, labels: int, k: float) -> No
     ]
     assert real >= CLOSE, "the model's own products are not those of its rows"
     if FULL:
-        assert close_after(sketched) <= 4 or labels == 1, sketched
-        assert close_after(plain) >= 2 * close_after(sketched) or k == 1, plain
+        assert close_after(sketched) <= (4 if k == 1 or labels > 1 else 6), sketched
+        assert close_after(plain) >= 2 * close_after(sketched), plain
 
 
 @pytest.mark.parametrize("k", DAMPINGS)

@@ -72,7 +72,7 @@ def test_the_store_answers_the_command_line(played: Any) -> None:
     arguments = ["query", str(store.path), "--prompt", question["prompt"], "--completion", question["completion"]]
     result = CliRunner().invoke(app, [*arguments, "-k", "10", "--json"])
     assert result.exit_code == 0, result.output
-    best = json.loads(result.output)["queries"][0]["most"]
+    best = json.loads(result.stdout)["queries"][0]["most"]
     assert sum(row["id"] in run.case.planted for row in best) >= 6
 
 
