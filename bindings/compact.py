@@ -40,7 +40,7 @@ def compact_command(
         typer.Option(help="Instead of --bytes: the smallest size whose short list, scored again, has this recall."),
     ] = None,
     bits: Annotated[
-        int | None, typer.Option(help="Per number: 1, 2, 4 or 8.  \\[default: 2, more where there are few numbers]")
+        int | None, typer.Option(help="Per number: 1, 2, 4 or 8.  \\[default: 2; 4 from 256 bytes on]")
     ] = None,
     scorer: Annotated[
         str,

@@ -300,6 +300,13 @@ def test_few_axes_take_more_bits(tmp_path: Path) -> None:
     assert made.recall["alone"] > 0.9
 
 
+def test_four_bits_from_256_bytes_on(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "a.zarr", torch.randn(1200, 1024, generator=torch.Generator().manual_seed(0)))
+    for size, axes, bits in ((192, 752, 2), (256, 504, 4)):
+        made = gs.compact(store, tmp_path / str(size), bytes=size, scorer="dot", progress=False)
+        assert (made.axes, made.bits, made.bytes) == (axes, bits, size)
+
+
 def test_scan_over_whole_rows_is_the_truth(train: gs.FeatureStore, queries: torch.Tensor, tmp_path: Path) -> None:
     """All axes in 8 bits: what is lost is less than the scores differ."""
     made = gs.compact(train, tmp_path / "a", bytes=132, scorer="dot", bits=8, progress=False)

@@ -38,8 +38,9 @@ SIZES = (64, 96, 128, 192, 256, 384, 512)
 
 _FEWEST, _MOST = 16, 1024
 
-_FIRST_BITS = (2, 4, 8)
-"""Two bits per number answer best at any size; more where there are not so many axes."""
+_FEWEST_BITS = 2
+_FOUR_BITS = 256
+"""Bytes from which four bits per number answer better than two, as docs/compaction.md measures."""
 
 _BLOCK = 4096
 """Rows per chunk at most: what is read to name one row."""
@@ -70,7 +71,7 @@ def compact(
         bytes: of a row, its scale included; 128 unless given. Norm, loss and id come on top, as in any store.
         recall: instead of bytes: the smallest of ``SIZES`` at which the short list of 100, scored again, has this
             recall.
-        bits: per number: 1, 2, 4 or 8. 2, or more where there are not axes enough, unless given.
+        bits: per number: 1, 2, 4 or 8. Unless given 2, 4 from 256 bytes on, and more where there are not so many axes.
         scorer: whose answers are to survive: a scorer whose scores are products of whole rows. "fisher" takes the
             axes along the Fisher of the curvature sample.
         queries: what recall is measured with; a tenth of the rows, 64 at most, unless given. These rows are held out
@@ -96,7 +97,7 @@ def compact(
     weights = None if question.weights is None else torch.from_numpy(question.weights)
     with reporting(progress) as shown:
         with _stage(shown, "axes", len(store)) as tick:
-            most = max(8 * (size - SCALE_BYTES) // (bits or min(_FIRST_BITS)) for size in sizes)
+            most = max(8 * (size - SCALE_BYTES) // (bits or _FEWEST_BITS) for size in sizes)
             axes = principal_axes(store, units, most, held, weights, question.name == "fisher")
             tick(len(store))
         measured = []
@@ -159,7 +160,8 @@ def _fits(store: FeatureStore) -> None:
 def _coding(axes: Principal, size: int, bits: int | None) -> Coding:
     """As many axes as fit the bytes, in few bits; all axes in more bits where there are not so many."""
     room = 8 * (size - SCALE_BYTES)
-    for each in _FIRST_BITS if bits is None else (bits,):
+    usual = [each for each in BITS if each >= (4 if size >= _FOUR_BITS else _FEWEST_BITS)]
+    for each in usual if bits is None else (bits,):
         count = min(room // each, len(axes))
         if room // each <= len(axes):
             break
