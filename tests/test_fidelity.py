@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import gradsift as gs
+from gradsift.bindings.eval.cases.digits import digits_case
 from gradsift.engine.fidelity.auc import auc
 from gradsift.engine.fidelity.cache import Outcomes
 from gradsift.engine.fidelity.lds import lds, reliability, subsets
 from gradsift.engine.fidelity.qld import qld, removals
 from gradsift.engine.fidelity.recall import agreement, class_recall
+from gradsift.engine.fidelity.result import Evaluation, Row
 from gradsift.engine.scorers.scores import stream_scores
 from gradsift.kernels.errors import DataError, ShapeError
 
@@ -301,3 +304,67 @@ def _self_scores(fisher: Any, bench: Any) -> np.ndarray:
 
     store = bench.store(Rows(EXACT))
     return np.concatenate([b for _, b in stream_scores(store, torch.from_numpy(store.features[:]))], axis=1)
+
+
+class Mine:
+    """A scorer of one's own: plain products."""
+
+    def prepare(self, store: Any) -> None:
+        pass
+
+    def score(self, queries: Any, rows: Any) -> Tensor:
+        return queries.values @ rows.values.double().T
+
+
+def test_a_scorer_of_ones_own_stands_beside_the_others(tmp_path: Path) -> None:
+    found = gs.evaluate(case(), ["exact dot", Mine()], tmp_path, count=4, seeds=1, removed=())
+    own = found["Mine, dim 4096"]
+    assert own.family == "own" and own.bytes == 4 * 4096
+    assert own.lds.mean == pytest.approx(found["exact dot"].lds.mean, abs=0.1)
+
+
+def test_a_case_that_does_not_fit_itself_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ShapeError, match="3 texts for 150 examples"):
+        gs.evaluate(case(texts=["a", "b", "c"]), cache=tmp_path)
+    with pytest.raises(DataError, match="retrain returned a str"):
+        gs.evaluate(replace(case(), retrain=lambda rows, seed: "no model"), cache=tmp_path)
+    with pytest.raises(ShapeError, match="hold 150 examples but the case says 149"):
+        gs.evaluate(replace(case(), examples=149, labels=None), ["dot, dim 1024"], tmp_path, count=2, seeds=1)
+
+
+def test_the_verdict_is_a_baseline_where_that_is_as_good(tmp_path: Path) -> None:
+    """Scores that say it all, noisy ones, and random ones."""
+    rng = np.random.default_rng(0)
+    truth = rng.normal(size=(8, 40))
+    chosen = subsets(40, 60)
+    losses = -(chosen @ truth.T)
+
+    def row(name: str, family: str, scores: np.ndarray, size: int | None) -> Row:
+        return Row(name, family, bytes=size, lds=lds(scores, chosen, losses))
+
+    noisy = truth + 2 * rng.normal(size=truth.shape)
+    rows = (row("BM25", "baseline", truth, None), row("fisher, dim 64", "sketch", noisy, 256))
+    told = Evaluation("toy", 40, 8, 60, 1, float("nan"), rows, {}).advice
+    assert told[0].startswith("Use BM25") and any("not worth their cost" in sentence for sentence in told)
+    nothing = (row("BM25", "baseline", rng.normal(size=truth.shape), None),)
+    assert "Nothing here predicts" in Evaluation("toy", 40, 8, 60, 1, float("nan"), nothing, {}).advice[0]
+    equal = (row("fisher, 128 B", "codes", truth, 128), row("fisher, dim 64", "sketch", truth, 256))
+    assert Evaluation("toy", 40, 8, 60, 1, float("nan"), equal, {}).advice[0].startswith("Use fisher, 128 B")
+
+
+def test_every_kind_of_store_is_evaluated(tmp_path: Path) -> None:
+    """Checkpoints, Adam, groups, codes, a correction and scores without queries, on a LoRA that was really trained."""
+    digits = digits_case(60, 12)
+    names = [
+        *("dot, checkpoints, dim 1024", "less, checkpoints, dim 1024", "datainf, dim 1024", "trak, dim 1024"),
+        *("fisher, k 1, 128 B", "exact ekfac, k 1", "exact fisher, k 1, by number", "self", "self_fisher"),
+    ]
+    found = gs.evaluate(
+        digits, names, tmp_path, count=3, seeds=1, removed=("fisher, k 1, 128 B",), remove_queries=2, remove=0.05
+    )
+    assert found.left_out == {} and {row.name for row in found.rows} == set(names)
+    assert found["less, checkpoints, dim 1024"].bytes == 4 * 1024 * 4
+    assert found["fisher, k 1, 128 B"].bytes == 128
+    assert found["fisher, k 1, 128 B"].agreement.listed.value > 0.9  # all 60 are in a list of 100
+    assert found["fisher, k 1, 128 B"].qld.per_query.shape == (2,)
+    assert found["self"].lds is None and found["self"].auc.value > 0.6  # gradients of wrong labels are long

@@ -46,9 +46,9 @@ def test_digits_quick_shows_what_curvature_is_worth_and_resumes(cli: Any, tmp_pa
     found = json.loads(run.out)
     rows = {row["name"]: row for row in found["rows"]}
     lds = {name: row["lds"]["mean"] for name, row in rows.items()}
-    # measured with 60 halves x 2 seeds: dot .25, fisher .47 exact and .46 at dim 1024, random .01
-    assert lds["exact fisher, k 0.3"] > lds["exact dot"] + 0.08
-    assert lds["fisher, k 0.3, dim 1024"] > lds["exact dot"] + 0.08
+    # this run: dot .22, fisher .39; with 400 examples, 60 halves x 2 seeds: .25, .47 and .46 at dim 1024, random .01
+    assert lds["exact fisher, k 0.3"] > lds["exact dot"] + 0.06
+    assert lds["fisher, k 0.3, dim 1024"] > lds["exact dot"] + 0.06
     assert abs(lds["random"]) < 0.15
     assert rows["loss"]["auc"]["value"] > 0.9  # .98
     assert rows["exact fisher, k 0.3"]["auc"]["value"] > 0.9  # self-influence, .96

@@ -109,7 +109,7 @@ def _built_in(case: BuiltIn, cache: Path, quick: bool, tick: Any) -> Any:
     if case == BuiltIn.digits:
         from gradsift.bindings.eval.cases.digits import digits_case
 
-        return digits_case(200 if quick else 400)
+        return digits_case(200) if quick else digits_case()
     if case == BuiltIn.lm:
         from gradsift.bindings.eval.cases.lm import lm_case
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -177,7 +177,24 @@ class Bench:
     @cached_property
     def queries(self) -> int:
         """How many queries there are."""
-        return sum(len(self.case.loss(self.model, batch)) for batch in self.case.queries)
+        return self._count(self.case.queries)
+
+    def check(self) -> None:
+        """Refuse batches that do not hold the case's examples.
+
+        Raises:
+            ShapeError: they hold more, or fewer.
+        """
+        count = self._count(self.case.batches)
+        if count != self.case.examples:
+            raise ShapeError(
+                f"the batches hold {count} examples but the case says {self.case.examples}: give every example that "
+                "retrain can be asked for, in the order of its numbers"
+            )
+
+    def _count(self, batches: Iterable[Mapping[str, Any]]) -> int:
+        with evaluating(self.model), torch.no_grad():
+            return sum(len(self.case.loss(self.model, batch)) for batch in batches)
 
     def exact_fisher(self, by: By = "all") -> ExactFisher:
         """The true Fisher by exact gradients; ``by`` as of ``ExactFisher``."""
@@ -228,7 +245,7 @@ class Bench:
         if rows.along is not None:
             along = [c if rows.along == "adam" else replace(c, adam=None) for c in self.checkpoints]
             along = along[:1] if rows.along == "first" else along
-        store = extract(
+        return extract(
             self.model,
             _Numbered(case.queries if queries else case.batches),
             case.loss if rows.measure is None else case.measures[rows.measure],
@@ -240,12 +257,6 @@ class Bench:
             curvature=self.labels if rows.curvature and not queries else 0,
             progress=False,
         )
-        if not queries and len(store) != case.examples:
-            raise ShapeError(
-                f"the batches hold {len(store)} examples but the case says {case.examples}: give every example that "
-                "retrain can be asked for, in the order of its numbers"
-            )
-        return store
 
 
 class _Numbered:

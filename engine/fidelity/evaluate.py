@@ -86,20 +86,21 @@ def evaluate(
     key = case.fingerprint()
     folder = Path(cache) / f"{case.name}-{key[:12]}"
     outcomes = Outcomes(folder, key, case.measured)
-    chosen = subsets(case.examples, count, alpha)
-    runs: list[Run] = [(tuple(np.flatnonzero(row).tolist()), seed) for seed in range(seeds) for row in chosen]
-    losses = outcomes.get(runs, lambda done, total: progress("training on subsets", done, total))
-    losses = losses.reshape(seeds, count, -1)
     with own_folder(folder) as stores:
         bench = Bench(case, stores)
-        scored, left_out = _score(_chosen(methods, bench), bench, progress)
+        bench.check()
+        candidates = _chosen(methods, bench)  # before hours of training: a name may be wrong
+        chosen = subsets(case.examples, count, alpha)
+        runs: list[Run] = [(tuple(np.flatnonzero(row).tolist()), seed) for seed in range(seeds) for row in chosen]
+        losses = outcomes.get(runs, lambda done, total: progress("training on subsets", done, total))
+        losses = losses.reshape(seeds, count, -1)
+        scored, left_out = _score(candidates, bench, progress)
         rows = [_row(one, bench, chosen, losses.mean(axis=0)) for one in scored]
     if removed and int(remove * case.examples) < 1:
         left_out["QLD"] = f"a share of {remove:g} is less than one of {case.examples} examples"
         removed = ()
-    rows = _remove(
-        rows, scored, outcomes, removed, remove, min(remove_queries, losses.shape[2]), remove_seeds, progress
-    )
+    queries = min(remove_queries, losses.shape[2])
+    rows = _remove(rows, scored, outcomes, removed, remove, queries, remove_seeds, progress)
     return Evaluation(
         case.name, case.examples, losses.shape[2], count, seeds, reliability(losses), tuple(rows), left_out
     )

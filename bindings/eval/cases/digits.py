@@ -19,7 +19,7 @@ from gradsift.engine.losses import classification
 
 __all__ = ["digits_case"]
 
-_QUERIES, _BASE = 100, 900
+_BASE = 900
 _WRONG = 0.1
 _HIDDEN = 64
 _RANK = 8
@@ -44,12 +44,12 @@ class Network(nn.Module):
         return torch.tanh(self.second(torch.tanh(self.first(pixels))))
 
 
-def digits_case(examples: int = 400, seed: int = 0) -> FidelityCase:
+def digits_case(examples: int = 400, queries: int = 100, seed: int = 0) -> FidelityCase:
     """Digits, a tenth of them mislabelled, on which a LoRA of a network that knows turned ones is tuned."""
     data = require("sklearn.datasets").load_digits()
     images, truth = torch.from_numpy(data.images / 16).float(), data.target.astype(np.int64)
     order = np.random.default_rng(seed).permutation(len(truth))
-    tuned, asked, other = np.split(order[: examples + _QUERIES + _BASE], [examples, examples + _QUERIES])
+    tuned, asked, other = np.split(order[: examples + queries + _BASE], [examples, examples + queries])
     rng = np.random.default_rng(seed + 1)
     wrong = np.zeros(examples, dtype=bool)
     wrong[rng.choice(examples, int(_WRONG * examples), replace=False)] = True
