@@ -35,8 +35,8 @@ def precondition(
         curvature: the sample.
         k: of the damping; ``curvature.k`` unless given, which ``curvature.choose_k`` sets by unseen examples.
         steps: of conjugate gradients in all, fewer when the residual is gone; unless given 4 for "fisher" and 6 for
-            "ggn". On a trained language model scores then rank as in the limit to .998 and more at k = 1; at k = .3 over
-            2000 rows "fisher" wants 6 steps.
+            "ggn". On a trained language model scores then ranked as in the limit to .998 and more at k = 1; at k = .3
+            over 2000 rows "fisher" wanted 6 steps.
         checkpoint: file that keeps the state after every step: the same call goes on where it was, to the same bits,
             and one with more steps goes on from there.
         progress: called after each batch; ``curvature.cost`` says how many there will be.
