@@ -186,7 +186,7 @@ def ended(context: ForkServerContext, *arguments: Any, **named: Any) -> int | No
     return code
 
 
-@pytest.mark.parametrize(("instant", "count"), zip(INSTANTS, (2, 9, 14), strict=True))
+@pytest.mark.parametrize(("instant", "count"), list(zip(INSTANTS, (2, 9, 14), strict=True)))
 def test_killed_while_compacting(
     halves: Halves,
     context: ForkServerContext,
