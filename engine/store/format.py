@@ -132,18 +132,24 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
     checkpoints = _checkpoints(old.get("checkpoints") or [], new.get("checkpoints") or [])
     if checkpoints is not None:
         return checkpoints
-    parts = _parts(old["parts"], new["parts"])
-    if parts is not None:
-        return parts
-    for what, path in _COMPARED:
+    # The loss says which parts there are, in words of its own.
+    return _first(old, new, (_LOSS,)) or _parts(old["parts"], new["parts"]) or _first(old, new, _COMPARED)
+
+
+def _first(
+    old: Mapping[str, Any], new: Mapping[str, Any], compared: Sequence[tuple[str, tuple[str, ...]]]
+) -> str | None:
+    """The first entry that differs."""
+    for what, path in compared:
         before, after = _at(old, path), _at(new, path)
         if before != after:
             return _values(what, before, after)
     return None
 
 
+_LOSS = ("the loss", ("loss", "kind"))
+
 _COMPARED = (
-    ("the loss", ("loss", "kind")),
     ("loss_tokens", ("loss", "tokens")),
     ("the base model's fingerprint", ("fingerprints", "model")),
     ("the adapter's fingerprint", ("fingerprints", "adapter")),
