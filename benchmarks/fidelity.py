@@ -4,7 +4,7 @@
     python benchmarks/fidelity.py --case diffusion smollm2     # longer
     python benchmarks/fidelity.py --quick            # few retrainings, nothing written: does it run?
 
-Retrainings are kept in .fidelity/ and shared by --jobs processes, so a killed run goes on where it was. A row is keyed
+Retrainings are kept in .fidelity/ and shared by two processes; a killed run goes on where it was. A row is keyed
 by case and method: a rerun replaces the rows of its case. docs/methods.md is made from them by methods_page.py.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -28,7 +29,7 @@ from gradsift.bindings.eval.cases.lm import lm_case
 from gradsift.bindings.eval.cases.smollm2 import smollm2_case
 from gradsift.bindings.eval.plot import draw
 from gradsift.bindings.eval.render import print_evaluation
-from gradsift.engine.fidelity.evaluate import REMOVED
+from gradsift.engine.fidelity.evaluate import REMOVED, outcomes_of
 from gradsift.engine.fidelity.result import Evaluation, Row
 from gradsift.engine.fidelity.selection import compare
 
@@ -119,27 +120,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", choices=list(CASES), nargs="+", default=["digits", "lm"])
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--jobs", type=int, default=2, help="processes that share the retrainings")
+    parser.add_argument("--lend", choices=list(CASES), help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    command = [sys.executable, __file__, "--jobs", "1", *(["--quick"] if options.quick else []), "--case"]
+    if options.lend:
+        lend(options.lend)
+        return
     console = Console()
     for name in options.case:
-        CASES[name]()  # the base model is there before others look for it
-        helpers = [
-            subprocess.Popen([*command, name], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            for _ in range(options.jobs - 1)
-        ]
-        found = measure(name, options.quick)
-        for helper in helpers:
-            helper.wait()
-        if options.jobs == 1 or options.quick:
-            continue
+        CASES[name]()  # the base model is there before the helper looks for it
+        with subprocess.Popen([sys.executable, __file__, "--lend", name]) as helper:
+            found = measure(name, options.quick)
+            helper.kill()
         print_evaluation(console, found)
+        if options.quick:
+            continue
         rows = [row_of(found, row) for row in found.rows]
         keep(name, [*rows, *(choices() if name == "digits" else [])])
         draw(RESULTS.with_name(f"fidelity_{name}.png"), found)
         write_page()
+
+
+def lend(name: str) -> None:
+    """Train what the process that began this one is going to ask for, on the other core."""
+    case = CASES[name]()
+    parent = os.getppid()
+    outcomes_of(case, CACHE).lend(lambda: os.getppid() == parent)
 
 
 if __name__ == "__main__":

@@ -163,6 +163,15 @@ def test_outcomes_are_kept_and_another_key_does_not_see_them(tmp_path: Path) -> 
         Outcomes(tmp_path, "c", lambda rows, seed: np.array([np.nan])).get(runs)
 
 
+def test_another_process_lends_a_hand_with_what_is_wanted(tmp_path: Path) -> None:
+    runs = [((0, i), 0) for i in range(1, 6)]
+    asking = Outcomes(tmp_path, "a", lambda rows, seed: np.array([-1.0]))
+    lending = Outcomes(tmp_path, "a", lambda rows, seed: np.array([float(rows[1])]))
+    asking.want(runs)
+    lending.lend(lambda: bool(lending.missing(runs)))
+    np.testing.assert_array_equal(asking.get(runs)[:, 0], [1, 2, 3, 4, 5])  # nothing was left to compute
+
+
 KILLED = """
 import sys, time
 from pathlib import Path

@@ -6,8 +6,10 @@ import hashlib
 import json
 import os
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 
@@ -17,6 +19,10 @@ __all__ = ["Outcomes", "Run"]
 
 Run = tuple[tuple[int, ...], int]
 """The examples that are trained on, ascending, and a seed."""
+
+_WANTED = "wanted.json"
+_LOOK = 0.5
+"""Seconds between looks for work."""
 
 
 class Outcomes:
@@ -40,6 +46,23 @@ class Outcomes:
         text = json.dumps([self._key, list(run[0]), run[1]])
         return self.folder / f"{hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}.npy"
 
+    def want(self, runs: Sequence[Run]) -> None:
+        """Say which runs will be asked for, so that others can begin with them."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._whole(self.folder / _WANTED, lambda file: file.write(json.dumps(runs).encode()))
+
+    def lend(self, go_on: Callable[[], bool]) -> None:
+        """Work on whatever another process says it will ask for, as long as ``go_on()``."""
+        while go_on():
+            missing: list[Run] = []
+            if (self.folder / _WANTED).exists():
+                wanted = json.loads((self.folder / _WANTED).read_text())
+                missing = self.missing([(tuple(rows), seed) for rows, seed in wanted])
+            if missing:
+                self._take(missing[int(np.random.default_rng().integers(len(missing)))])
+            else:
+                time.sleep(_LOOK)
+
     def missing(self, runs: Sequence[Run]) -> list[Run]:
         """The runs that are not on disk, each once."""
         return [run for run in dict.fromkeys(runs) if not self.path(run).exists()]
@@ -54,12 +77,18 @@ class Outcomes:
         total = len(dict.fromkeys(runs))
         order = np.random.default_rng(os.getpid()).permutation(len(missing))
         report(total - len(missing), total)
+        if missing:
+            self.want(runs)
         for done, place in enumerate(order.tolist()):
-            rows, seed = run = missing[place]
-            if not self.path(run).exists():  # another process may have been here
-                self._write(self.path(run), self._checked(self._compute(rows, seed), seed))
+            self._take(missing[place])
             report(total - len(missing) + done + 1, total)
         return np.stack([np.load(self.path(run)) for run in runs])
+
+    def _take(self, run: Run) -> None:
+        """Compute a run, unless another process has been here."""
+        if not self.path(run).exists():
+            losses = self._checked(self._compute(*run), run[1])
+            self._whole(self.path(run), lambda file: np.save(file, losses))
 
     @staticmethod
     def _checked(losses: np.ndarray, seed: int) -> np.ndarray:
@@ -71,8 +100,9 @@ class Outcomes:
             )
         return losses
 
-    def _write(self, path: Path, losses: np.ndarray) -> None:
+    def _whole(self, path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+        """Write a file that appears whole or not at all."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=self.folder, suffix=".part", delete=False) as file:
-            np.save(file, losses)
+            write(file)
         Path(file.name).replace(path)

@@ -25,7 +25,7 @@ from gradsift.engine.fidelity.result import Evaluation, Row
 from gradsift.engine.fidelity.stores import own_folder
 from gradsift.kernels.errors import DataError, GradsiftError
 
-__all__ = ["REMOVED", "Progress", "evaluate"]
+__all__ = ["REMOVED", "Progress", "evaluate", "outcomes_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -83,18 +83,17 @@ def evaluate(
         ShapeError: the case's examples, texts or labels do not fit each other.
     """
     case.check()
-    key = case.fingerprint()
-    folder = Path(cache) / f"{case.name}-{key[:12]}"
-    outcomes = Outcomes(folder, key, case.measured)
-    with own_folder(folder) as stores:
+    outcomes = outcomes_of(case, cache)
+    with own_folder(outcomes.folder) as stores:
         bench = Bench(case, stores)
         bench.check()
         candidates = _chosen(methods, bench)  # before hours of training: a name may be wrong
         chosen = subsets(case.examples, count, alpha)
         runs: list[Run] = [(tuple(np.flatnonzero(row).tolist()), seed) for seed in range(seeds) for row in chosen]
+        outcomes.want(runs)  # others may begin while this process scores
+        scored, left_out = _score(candidates, bench, progress)
         losses = outcomes.get(runs, lambda done, total: progress("training on subsets", done, total))
         losses = losses.reshape(seeds, count, -1)
-        scored, left_out = _score(candidates, bench, progress)
         rows = [_row(one, bench, chosen, losses.mean(axis=0)) for one in scored]
     if removed and int(remove * case.examples) < 1:
         left_out["QLD"] = f"a share of {remove:g} is less than one of {case.examples} examples"
@@ -104,6 +103,12 @@ def evaluate(
     return Evaluation(
         case.name, case.examples, losses.shape[2], count, seeds, reliability(losses), tuple(rows), left_out
     )
+
+
+def outcomes_of(case: FidelityCase, cache: str | PathLike[str]) -> Outcomes:
+    """What retrainings of a case gave, in a folder of their own inside the cache."""
+    key = case.fingerprint()
+    return Outcomes(Path(cache) / f"{case.name}-{key[:12]}", key, case.measured)
 
 
 def _chosen(methods: Sequence[Any] | None, bench: Bench) -> list[Candidate]:

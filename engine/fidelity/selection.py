@@ -6,7 +6,6 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,8 +13,9 @@ import torch
 
 from gradsift.engine.answers.select import select
 from gradsift.engine.fidelity.bench import Bench, Rows
-from gradsift.engine.fidelity.cache import Outcomes, Run
+from gradsift.engine.fidelity.cache import Run
 from gradsift.engine.fidelity.case import FidelityCase
+from gradsift.engine.fidelity.evaluate import outcomes_of
 from gradsift.engine.fidelity.intervals import Interval, bootstrap, interval
 from gradsift.engine.fidelity.stores import own_folder
 from gradsift.engine.selectors.registry import SELECTORS
@@ -53,9 +53,8 @@ def compare(case: FidelityCase, cache: str | PathLike[str], budget: float = 0.2,
 
     Selectors that the case cannot serve are left out, and logged.
     """
-    key = case.fingerprint()
-    folder = Path(cache) / f"{case.name}-{key[:12]}"
-    with own_folder(folder) as stores:
+    outcomes = outcomes_of(case, cache)
+    with own_folder(outcomes.folder) as stores:
         picks = _choices(Bench(case, stores), budget)
     rng = np.random.default_rng(0)
     n, count = case.examples, int(budget * case.examples)
@@ -64,7 +63,7 @@ def compare(case: FidelityCase, cache: str | PathLike[str], budget: float = 0.2,
         "random": [(tuple(sorted(rng.choice(n, count, replace=False).tolist())), seed) for seed in range(seeds)],
     }
     runs |= {name: [(tuple(sorted(rows.tolist())), seed) for seed in range(seeds)] for name, rows in picks.items()}
-    losses = Outcomes(folder, key, case.measured).get([run for some in runs.values() for run in some])
+    losses = outcomes.get([run for some in runs.values() for run in some])
     by_seed = losses[:, losses.shape[1] // 2 :].mean(axis=1).reshape(len(runs), seeds)
     return [
         _chosen(name, some, losses.shape[1] - losses.shape[1] // 2) for name, some in zip(runs, by_seed, strict=True)
