@@ -19,7 +19,7 @@ __all__ = ["standard"]
 
 _SWEEP = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 _DIMS = (1024, 4096, 8192)
-_SIZES = (128, 256, 512, 1024)
+_SIZES = (128, 256, 512)
 _MODELS = 3
 _METRICS: tuple[By, ...] = ("layer", "number")
 
@@ -40,8 +40,8 @@ def standard(bench: Bench) -> list[Candidate]:
         found += [sketched("dot", dim, truth=dot), sketched("fisher", dim, 1.0, truth=fisher)]
     found += [sketched("fisher", dim, 0.3, truth=exact_fisher(0.3)) for dim in dims]
     for size in _SIZES:
-        found += [coded("dot", dims[-1], size, truth=dot), coded("fisher", dims[-1], size, 1.0, truth=fisher)]
-    found += [coded("fisher", dims[-1], size, 0.3, truth=exact_fisher(0.3)) for size in _SIZES]
+        found += [coded("dot", usual, size, truth=dot), coded("fisher", usual, size, 1.0, truth=fisher)]
+    found += [coded("fisher", usual, size, 0.3, truth=exact_fisher(0.3)) for size in _SIZES]
     found += [sketched("trak", usual), sketched("datainf", 1024, grouped=True)]
     if bench.case.checkpoints is not None:
         found += [sketched("dot", usual, along="plain"), sketched("less", usual, along="adam")]

@@ -1,0 +1,34 @@
+"""docs/methods.md is what its generator writes: no method without a figure and a brute-force test."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def made() -> Any:
+    spec = importlib.util.spec_from_file_location("methods_page", ROOT / "benchmarks" / "methods_page.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_is_in_step_with_the_methods_and_their_figures(made: Any) -> None:
+    """Written anew by: python benchmarks/methods_page.py"""
+    assert made.page(made.read()) == (ROOT / "docs" / "methods.md").read_text()
+
+
+def test_a_method_without_a_figure_or_a_test_is_refused(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [row for row in made.read() if row["method"] != "fisher"]
+    with pytest.raises(SystemExit, match="'fisher' has no figure"):
+        made.page(rows)
+    monkeypatch.setitem(made.BRUTE_FORCE["Scorers"], "dot", "test_scorers.py::test_that_is_not_there")
+    with pytest.raises(SystemExit, match="'dot' names 'test_scorers"):
+        made.page(made.read())
