@@ -25,6 +25,19 @@ def test_the_page_is_in_step_with_the_methods_and_their_figures(made: Any) -> No
     assert made.page(made.read()) == (ROOT / "docs" / "methods.md").read_text()
 
 
+def test_the_record_shows_what_the_documents_claim_of_the_language_case(made: Any) -> None:
+    """As it was measured, with intervals of .05: which inequalities hold is what the README rests on."""
+    rows = {row["name"]: row for row in made.read() if row["case"] == "lm"}
+    lds = {name: float(row["lds"]) for name, row in rows.items() if row["lds"]}
+    assert lds["exact fisher, k 0.3"] >= lds["exact dot"] + 0.12
+    assert min(lds["fisher, k 0.3, dim 4096"], lds["fisher, k 1, dim 4096"]) >= lds["exact dot"]
+    assert min(lds["fisher, k 0.3, 512 B"], lds["fisher, k 1, 512 B"]) >= lds["exact dot"]
+    assert lds["exact dot"] > lds["BM25"] + 0.1 > lds["random"] + 0.2
+    assert float(rows["fisher, k 1, 256 B"]["in_list_of_100"]) >= 0.97
+    qld = {name: float(row["qld"]) for name, row in rows.items() if row["qld"]}
+    assert qld["fisher, k 1, 256 B"] >= max(qld["exact dot"], qld["BM25"])
+
+
 def test_a_method_without_a_figure_or_a_test_is_refused(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [row for row in made.read() if row["method"] != "fisher"]
     with pytest.raises(SystemExit, match="'fisher' has no figure"):

@@ -65,9 +65,8 @@ def _lds(axes: Any, found: Evaluation, rows: list[Row]) -> None:
     axes.axvline(0, color="black", lw=0.6)
     if found.ceiling == found.ceiling:
         axes.axvline(found.ceiling, color="black", lw=0.8, ls=":")
-        axes.annotate(
-            "most that can\nbe predicted ", (found.ceiling, len(rows) - 0.5), fontsize=7, va="top", ha="right"
-        )
+        where = (found.ceiling, 0.4 * len(rows))
+        axes.annotate("most that can be predicted", where, fontsize=7, rotation=90, va="bottom", ha="right")
     axes.set(title="Prediction of retraining (LDS)", xlim=(None, 1.0), ylim=(-0.7, len(rows) - 0.3))
     axes.legend(frameon=False, fontsize=8, loc="lower right")
 
@@ -87,7 +86,7 @@ def _bytes(axes: Any, found: Evaluation, rows: list[Row]) -> None:
     if words is not None and words.lds is not None:
         axes.axhline(words.lds.mean, color=COLOURS["baseline"], lw=1.0, ls="--")
         axes.annotate(words.name, (0.01, words.lds.mean), xycoords=("axes fraction", "data"), fontsize=7, va="bottom")
-    axes.set_xscale("log", base=2)
+    axes.set_xscale("log", base=8)
     axes.xaxis.set_major_formatter(lambda size, _: bytes_text(size))
     axes.margins(x=0.25)
     axes.set(title="What a byte buys", xlabel="bytes per example", ylabel="LDS")
