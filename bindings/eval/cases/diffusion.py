@@ -14,6 +14,7 @@ from torch import Tensor
 from gradsift.bindings.demo.digits import EIGHT, THREE, Digits, DigitsCase
 from gradsift.bindings.demo.digits_model import trained_base, tuned
 from gradsift.bindings.diffusion.images import to_pixels
+from gradsift.bindings.hush import hush
 from gradsift.engine.fidelity.case import FidelityCase
 from gradsift.engine.losses import Diffusion, NoiseSchedule
 
@@ -33,6 +34,7 @@ def diffusion_case(
         report: called with steps done and steps in all while the base model trains.
         sizes: of the demo, unless given.
     """
+    hush("diffusers")
     sizes = sizes or DigitsCase()
     digits = Digits(sizes)
     pipe = trained_base(sizes, digits, folder / "digits_base", report)
