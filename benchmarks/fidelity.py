@@ -43,7 +43,7 @@ CASES = {
 SIZES = {
     "digits": {"count": 60, "seeds": 2, "remove_queries": 100},
     "lm": {"count": 60, "seeds": 2, "remove_queries": 10},
-    "diffusion": {"count": 24, "seeds": 1, "remove_queries": 4},
+    "diffusion": {"count": 24, "seeds": 2, "remove_queries": 4},
     "smollm2": {"count": 16, "seeds": 1, "remove_queries": 5},
 }
 """Of each case: random halves, trainings of each, and queries whose best examples are removed."""

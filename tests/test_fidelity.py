@@ -355,6 +355,14 @@ def test_the_verdict_is_a_baseline_where_that_is_as_good(tmp_path: Path) -> None
     rows = (row("BM25", "baseline", truth, None), row("fisher, dim 64", "sketch", noisy, 256))
     told = Evaluation("toy", 40, 8, 60, 1, float("nan"), rows, {}).advice
     assert told[0].startswith("Use BM25") and any("not worth their cost" in sentence for sentence in told)
+    few = subsets(40, 6)
+
+    def briefly(scores: np.ndarray, name: str, size: int | None) -> Row:
+        return Row(name, "baseline" if size is None else "sketch", None, size, lds(scores, few, -(few @ truth.T)))
+
+    unsure = (briefly(noisy, "BM25", None), briefly(truth, "fisher", 256))
+    told = Evaluation("toy", 40, 8, 6, 1, float("nan"), unsure, {}).advice
+    assert told[0].startswith("These trainings cannot tell BM25") and "more subsets or seeds" in told[0]
     nothing = (row("BM25", "baseline", rng.normal(size=truth.shape), None),)
     assert "Nothing here predicts" in Evaluation("toy", 40, 8, 60, 1, float("nan"), nothing, {}).advice[0]
     equal = (row("fisher, 128 B", "codes", truth, 128), row("fisher, dim 64", "sketch", truth, 256))

@@ -13,13 +13,18 @@ _USABLE = ("baseline", "sketch", "codes", "own")
 """What can be had at any size; exact gradients of everything only serve as a measure."""
 
 
+_MATTERS = 0.1
+"""A difference in LDS that gradients would be worth."""
+
+
 def advice(found: Evaluation) -> list[str]:
     """Sentences, the one that matters first."""
     ranked = sorted((row for row in found.rows if row.lds and row.lds.mean == row.lds.mean), key=_lds, reverse=True)
     usable = [row for row in ranked if row.family in _USABLE and row.name != "random"]
     if not usable:
         return ["No method was measured that can be used at any size."]
-    best = min((row for row in usable if _no_worse(row, usable[0])), key=lambda row: row.bytes or 0)
+    equal = [row for row in usable if _no_worse(row, usable[0])]
+    best = min(equal, key=lambda row: row.bytes or 0) if equal else usable[0]
     return [*_verdict(best, usable), *_limits(found, best, ranked), *_removal(found), *_mislabels(found)]
 
 
@@ -31,30 +36,37 @@ def _verdict(best: Row, usable: list[Row]) -> list[str]:
             "rely on any of these answers for this model."
         ]
     first = usable[0]
-    why = (
-        "it predicts retraining best"
-        if best is first
-        else f"nothing does clearly better ({first.name}: {_lds(first):.2f})"
-    )
-    sentences = [f"Use {best.name} on this data: LDS {_figure(best)}, and {why}."]
     rival = next((row for row in usable if _baseline(row) != _baseline(best)), None)
-    if rival is not None and rival.lds is not None:
-        gap = best.lds.mean - rival.lds.mean
-        low, high = interval(gap, best.lds.draws - rival.lds.draws)
-        kind = "baseline without gradients" if _baseline(rival) else "method with gradients"
-        sentences.append(
-            f"The best {kind}, {rival.name}, has {_figure(rival)}: a difference of {gap:+.2f} (95 %: {low:+.2f} to "
-            f"{high:+.2f})."
-        )
+    if rival is None or rival.lds is None:
+        return [f"Use {best.name} on this data: LDS {_figure(best)}, and {_why(best, first)}."]
+    gap = best.lds.mean - rival.lds.mean
+    low, high = interval(gap, best.lds.draws - rival.lds.draws)
+    difference = f"a difference of {gap:+.2f} (95 %: {low:+.2f} to {high:+.2f})"
+    if _baseline(best) and low < -_MATTERS:
+        return [
+            f"These trainings cannot tell {best.name}, LDS {_figure(best)}, from {rival.name}, {_figure(rival)}: "
+            f"{difference}. Take more subsets or seeds."
+        ]
+    kind = "baseline without gradients" if _baseline(rival) else "method with gradients"
+    sentences = [
+        f"Use {best.name} on this data: LDS {_figure(best)}, and {_why(best, first)}.",
+        f"The best {kind}, {rival.name}, has {_figure(rival)}: {difference}.",
+    ]
     if _baseline(best):
         sentences.append("Gradients are not worth their cost on this data.")
     return sentences
 
 
+def _why(best: Row, first: Row) -> str:
+    if best is first:
+        return "it predicts retraining best"
+    return f"nothing does clearly better ({first.name}: {_lds(first):.2f})"
+
+
 def _no_worse(row: Row, best: Row) -> bool:
-    """Whether the difference from the best may be chance."""
+    """Whether a row predicts something, and its difference from the best may be chance."""
     assert row.lds is not None and best.lds is not None
-    return interval(best.lds.mean - row.lds.mean, best.lds.draws - row.lds.draws).low <= 0
+    return row.lds.interval.low > 0 and interval(best.lds.mean - row.lds.mean, best.lds.draws - row.lds.draws).low <= 0
 
 
 def _limits(found: Evaluation, best: Row, ranked: list[Row]) -> list[str]:

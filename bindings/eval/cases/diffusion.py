@@ -59,7 +59,6 @@ def diffusion_case(
         inputs=lambda batch: batch["latents"].flatten(1) + 1,  # brightness
         labels=digits.planted.astype(np.int64),
         query_labels=np.ones(len(eights), dtype=np.int64),
-        wrong=digits.planted,
     )
 
 
