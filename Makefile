@@ -36,8 +36,9 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	$(BIN)/gradsift demo lm
 
+# One thread to each process: two pools of threads on the same cores wait for one another.
 test: $(READY)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal --benchmark-disable
 
 lint: $(READY)
 	$(BIN)/ruff format --check .
