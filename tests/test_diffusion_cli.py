@@ -94,7 +94,7 @@ def test_extract_says_what_it_read_and_measures(store: str, cli: Cli) -> None:
         assert words in said
     info = " ".join(cli("info", "said.zarr").out.split())
     assert "4 shared noises of seed 0" in info
-    assert str(Path("lora").resolve()) in info
+    assert str(Path("lora").resolve()) in info.replace(" ", "")  # a long folder is printed over several lines
 
 
 def test_a_training_image_is_found_by_itself_with_its_regions(store: str, cli: Cli) -> None:
