@@ -21,7 +21,7 @@ from trained_lm import train
 
 import gradsift as gs
 from gradsift.engine.compaction.axes import HALF, principal_axes
-from gradsift.engine.compaction.codes import BITS, encode
+from gradsift.engine.compaction.codes import BITS, decode, encode
 from gradsift.engine.compaction.layout import SCALE_BYTES, group
 from gradsift.engine.compaction.measure import Coding, ask, held_rows, measure
 from gradsift.engine.compaction.units import units_of
@@ -135,6 +135,36 @@ def test_two_stages(benchmark: Any, trained: Trained, scorer: str, tmp_path: Pat
     )
     benchmark.extra_info["facts"] = facts
     benchmark.pedantic(gs.topk, args=(small, trained.asked, K, scorer), rounds=1)
+
+
+@pytest.mark.parametrize("scorer", ["fisher", "dot"])
+def test_inverted_file(benchmark: Any, trained: Trained, scorer: str, tmp_path: Path) -> None:
+    """What clusters of rows would spare a query: how much of the codes' best 10 lies in the clusters nearest to it."""
+    faiss = pytest.importorskip("faiss")
+    small = gs.compact(trained.store, tmp_path / "small", bytes=BYTES, scorer=scorer, progress=False)
+    rows = np.concatenate([decode(codes, scale, small.bits).numpy() for _, codes, scale in small.chunks])
+    asked = trained.asked.values.double()
+    if scorer == "fisher":
+        asked = Fisher(trained.store.curvature, examples=RECORDS).solve(asked)
+    asked = small.axes_maps.turn(asked).numpy()
+    truth = np.argsort(-(asked @ rows.T.astype(np.float64)), axis=1)[:, :K]
+    clusters = 64 if FULL else 8
+    index = faiss.IndexIVFFlat(faiss.IndexFlatIP(rows.shape[1]), rows.shape[1], clusters, faiss.METRIC_INNER_PRODUCT)
+    index.train(rows)
+    index.add(rows)
+    sizes = np.array([index.invlists.list_size(i) for i in range(clusters)])
+    facts = []
+    for probed in (clusters // 8, clusters // 4, clusters // 2, clusters):
+        index.nprobe = probed
+        found = index.search(asked.astype(np.float32), K)[1]
+        _, near = index.quantizer.search(asked.astype(np.float32), probed)
+        facts.append(f"{sizes[near].sum(axis=1).mean() / len(rows):.2f} of the rows {_recall(found, truth):.3f}")
+    assert facts[-1] == "1.00 of the rows 1.000"
+    benchmark.extra_info["facts"] = [
+        f"inverted file of {clusters} clusters over {BYTES} bytes, recall@{K} of the codes' own {scorer}, "
+        f"{len(asked)} queries, reading {'; '.join(facts)}"
+    ]
+    benchmark.pedantic(index.search, args=(asked.astype(np.float32), K), rounds=1)
 
 
 def _recall(found: np.ndarray, truth: np.ndarray) -> float:

@@ -38,6 +38,26 @@ def test_the_record_shows_what_the_documents_claim_of_the_language_case(made: An
     assert qld["fisher, k 1, 256 B"] >= max(qld["exact dot"], qld["BM25"])
 
 
+def test_the_readme_prints_the_record(made: Any) -> None:
+    rows = {row["name"]: row for row in made.read() if row["case"] == "lm"}
+    readme = (ROOT / "README.md").read_text().splitlines()
+    for name, of in {
+        "BM25": ["BM25"],
+        "gradient products, exact": ["exact dot"],
+        "true Fisher, exact, k = 1 / k = .3": ["exact fisher, k 1", "exact fisher, k 0.3"],
+        "true Fisher in a sketch of 4096, k = 1 / k = .3": ["fisher, k 1, dim 4096", "fisher, k 0.3, dim 4096"],
+        "the same, compacted | 512": ["fisher, k 1, 512 B", "fisher, k 0.3, 512 B"],
+        "the same, compacted | 256": ["fisher, k 1, 256 B", "fisher, k 0.3, 256 B"],
+        "random": ["random"],
+    }.items():
+        (line,) = [line for line in readme if line.startswith(f"| {name} |") and line.count("|") == 5]
+        *_, bytes_, lds, qld = (cell.strip() for cell in line.strip("|").split("|"))
+        first = rows[of[0]]
+        assert bytes_.replace(",", "") == first["bytes"]
+        assert [float(each) for each in lds.split("/")] == [round(float(rows[each]["lds"]), 2) for each in of]
+        assert not qld or float(qld) == round(float(first["qld"]), 1)
+
+
 def test_a_method_without_a_figure_or_a_test_is_refused(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [row for row in made.read() if row["method"] != "fisher"]
     with pytest.raises(SystemExit, match="'fisher' has no figure"):

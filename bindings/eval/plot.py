@@ -106,4 +106,5 @@ def _qld(axes: Any, rows: list[Row]) -> None:
     )
     axes.axvline(0, color="black", lw=0.6)
     axes.tick_params(axis="y", labelsize=8)
+    axes.locator_params(axis="x", nbins=5)
     axes.set(title="Rise of the query's loss\nwithout its best 1 % (QLD)")
