@@ -117,7 +117,7 @@ def write_readme(rows: list[Row], facts: list[Row]) -> None:
         return
     shown = [row for row in rows if not row["case"].startswith(NOT_IN_README)]
     head, rest = text.split(BEGIN, 1)
-    body = table(shown, [fact["fact"] for fact in facts])
+    body = table(shown, [fact["fact"] for fact in facts if not fact["fact"].startswith(NOT_IN_README)])
     README.write_text(f"{head}{BEGIN}\n{body}\n{END}{rest.split(END, 1)[1]}")
 
 
