@@ -315,6 +315,58 @@ def _self_scores(fisher: Any, bench: Any) -> np.ndarray:
     return np.concatenate([b for _, b in stream_scores(store, torch.from_numpy(store.features[:]))], axis=1)
 
 
+def test_rows_of_few_labels_tell_mislabelled_examples_by_their_own_fisher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gradsift.engine.fidelity.bench import Bench
+    from gradsift.engine.fidelity.candidates import exact_fisher
+    from gradsift.engine.fidelity.methods import standard
+
+    monkeypatch.setattr("gradsift.engine.fidelity.bench._CURVATURE_ROWS", 2 * N)
+    bench = Bench(case(), tmp_path)
+    assert [one.name for one in standard(bench) if "label" in one.name] == ["exact fisher, k 1, 1 label"]  # 2 are all
+    of_one = exact_fisher(1.0, labels=1).suspicion
+    assert of_one is not None
+    np.testing.assert_array_equal(of_one(bench), bench.exact_fisher().own(1.0, labels=1))
+    assert not np.allclose(of_one(bench), bench.exact_fisher().own(1.0))
+
+
+def test_gradients_that_do_not_fit_leave_their_rows_out_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[Any] = []
+
+    def counted(rows: Sequence[int], seed: int) -> nn.Module:
+        trained.append(rows)
+        return fit(rows)
+
+    monkeypatch.setattr("gradsift.engine.fidelity.bench._EXACT_BYTES", 4 * 650 * 2 * N)  # of examples, not of labels
+    own = replace(case(), retrain=counted, model=fit(range(N)))
+    names = ["exact dot", "exact fisher, k 1, 3 models", "fisher, k 1, dim 1024"]
+    found = gs.evaluate(own, names, tmp_path, count=3, seeds=1, removed=())
+    assert "exact gradients of" in found.left_out.pop("exact fisher, k 1, 3 models") and not found.left_out
+    assert len(trained) == 3
+    assert [row.name for row in found.rows] == ["exact dot", "fisher, k 1, dim 1024"]
+    assert found["fisher, k 1, dim 1024"].agreement is None
+
+
+class Undrawn:
+    """A loss that cannot draw labels."""
+
+    kind = "softmax"
+
+    def __call__(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        return Softmax()(model, batch)
+
+
+def test_without_labels_no_row_is_called_a_fisher(tmp_path: Path) -> None:
+    own = replace(case(), loss=Undrawn())
+    found = gs.evaluate(own, ["exact dot", "*fisher*"], tmp_path, count=2, seeds=1, removed=())
+    assert [row.name for row in found.rows] == ["exact dot"]
+    assert "cannot draw labels" in found.left_out["fisher, k 1, dim 1024"]
+    assert "cannot draw labels" in found.left_out["fisher, k 1, 128 B"]
+
+
 class Mine:
     """A scorer of one's own: plain products."""
 

@@ -30,12 +30,12 @@ from gradsift.engine.store.reader import FeatureStore
 from gradsift.kernels.errors import DataError, ShapeError
 from gradsift.kernels.spec import SketchSpec
 
-__all__ = ["EXACT", "LABELS", "Bench", "Rows"]
+__all__ = ["EXACT", "Bench", "Rows"]
 
 EXACT = SketchSpec(kind="identity")
 """No sketch: whole gradients."""
 
-LABELS = 8
+_LABELS = 8
 """Labels drawn per example for the Fisher, while there are few examples."""
 
 _CURVATURE_ROWS = 4000
@@ -109,7 +109,7 @@ class Bench:
     @cached_property
     def labels(self) -> int:
         """Gradients of drawn labels that the Fisher is made of; 0 where the loss cannot draw any."""
-        return min(LABELS * self.case.examples, _CURVATURE_ROWS) if hasattr(self.case.loss, "sampled") else 0
+        return min(_LABELS * self.case.examples, _CURVATURE_ROWS) if hasattr(self.case.loss, "sampled") else 0
 
     @cached_property
     def checkpoints(self) -> Sequence[Checkpoint]:
@@ -137,12 +137,16 @@ class Bench:
         return self._stores[rows, queries]
 
     def scores(self, scorer: Any, rows: Rows, damping: float | None = None) -> np.ndarray:
-        """Scores of all examples for all queries, float64 (q, n)."""
+        """Scores of all examples for all queries, float64 (q, n); ``damping`` is of a Fisher."""
+        if damping is not None:
+            self._need_labels()
         blocks = stream_scores(self.store(rows), self.store(rows, queries=True), scorer, damping=damping)
         return np.concatenate([block for _, block in blocks], axis=1)
 
     def coded_scores(self, scorer: str, rows: Rows, size: int, damping: float | None = None) -> np.ndarray:
         """Scores of all examples by a compacted store of so many bytes per example, float64 (q, n)."""
+        if damping is not None:
+            self._need_labels()
         whole = self.store(rows)
         path = whole.path.with_suffix(f".{scorer}.{size}")
         store = CompactStore.open(path) if path.exists() else compact(whole, path, size, scorer=scorer, progress=False)
@@ -198,10 +202,9 @@ class Bench:
 
     def exact_fisher(self, by: By = "all") -> ExactFisher:
         """The true Fisher by exact gradients; ``by`` as of ``ExactFisher``."""
-        if not self.labels:
-            raise DataError("the loss cannot draw labels (it has no .sampled), so there is no true Fisher")
+        self._need_labels()
         if by not in self._fishers:
-            self._fishers[by] = ExactFisher(*self.whole(), by)
+            self._fishers[by] = ExactFisher(*self.whole(labels=True), by)
         return self._fishers[by]
 
     def curvature(self, labels: int) -> Curvature:
@@ -222,9 +225,13 @@ class Bench:
             )
         return self._curvatures[labels]
 
-    def whole(self) -> tuple[FeatureStore, FeatureStore]:
-        """Whole gradients of all examples and of all queries."""
-        rows = Rows(EXACT, curvature=self.labels > 0)
+    def whole(self, labels: bool = False) -> tuple[FeatureStore, FeatureStore]:
+        """Whole gradients of all examples and of all queries.
+
+        Args:
+            labels: with those of drawn labels, which are many more: what needs none of them may fit where they do not.
+        """
+        rows = Rows(EXACT, curvature=labels)
         return self.store(rows), self.store(rows, queries=True)
 
     def embedded(self, embed: Callable[[nn.Module, Any], Any], model: nn.Module | None = None) -> tuple[Any, Any]:
@@ -236,6 +243,11 @@ class Bench:
                 for batches in (self.case.queries, self.case.batches)
             )
         return asked, known
+
+    def _need_labels(self) -> None:
+        """Without labels the scorer "fisher" gives plain products, under a name that is not theirs."""
+        if not self.labels:
+            raise DataError("the loss cannot draw labels (it has no .sampled), so there is no true Fisher")
 
     def _extract(self, rows: Rows, queries: bool) -> FeatureStore:
         case = self.case

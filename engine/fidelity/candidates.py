@@ -50,7 +50,7 @@ def exact(scorer: str) -> Candidate:
     return Candidate(
         f"exact {scorer}",
         "exact",
-        lambda bench: bench.scores(scorer, Rows(EXACT, curvature=bench.labels > 0)),
+        lambda bench: bench.scores(scorer, Rows(EXACT, curvature=False)),
         lambda bench: 4 * bench.parameters,
         method=scorer,
     )
@@ -60,25 +60,28 @@ def exact_fisher(damping: float, labels: int | None = None, models: int = 1, by:
     """Exact gradients and the damped true Fisher.
 
     Args:
-        labels: drawn for each example. models: trained under seeds 0, 1, ...; the mean of their scores.
+        labels: drawn for each example. models: trained under seeds 0, 1, ...; the mean of what they say.
         by: what the damping goes with, see ``ExactFisher``.
     """
     drawn = "" if labels is None else f", {labels} label" + "s" * (labels > 1)
     how = f", {models} models" if models > 1 else "" if by == "all" else f", by {by}"
 
-    def fisher(bench: Bench) -> ExactFisher:
-        return bench.exact_fisher(by)
+    def mean(figure: Callable[[ExactFisher], np.ndarray]) -> Callable[[Bench], np.ndarray]:
+        """Over the models; the first shows whether gradients fit before another is trained."""
 
-    def scores(bench: Bench) -> np.ndarray:
-        benches = [bench, *(bench.again(seed) for seed in range(1, models))]
-        return np.asarray(np.mean([fisher(each).scores(damping, labels) for each in benches], axis=0))
+        def over(bench: Bench) -> np.ndarray:
+            first = figure(bench.exact_fisher(by))
+            others = [figure(bench.again(seed).exact_fisher(by)) for seed in range(1, models)]
+            return np.asarray(np.mean([first, *others], axis=0))
+
+        return over
 
     return Candidate(
         f"exact fisher, k {damping:g}{drawn}{how}",
         "exact",
-        scores,
+        mean(lambda fisher: fisher.scores(damping, labels)),
         lambda bench: 4 * bench.parameters * models,
-        suspicion=lambda bench: fisher(bench).own(damping),
+        suspicion=mean(lambda fisher: fisher.own(damping, labels)),
         method="fisher",
     )
 

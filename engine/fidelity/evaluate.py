@@ -42,6 +42,7 @@ _TOP = 10
 class _Scored:
     candidate: Candidate
     scores: np.ndarray | None
+    truth: np.ndarray | None
     suspicion: np.ndarray | None
     bytes: int | None
 
@@ -94,7 +95,7 @@ def evaluate(
         scored, left_out = _score(candidates, bench, progress)
         losses = outcomes.get(runs, lambda done, total: progress("training on subsets", done, total))
         losses = losses.reshape(seeds, count, -1)
-        rows = [_row(one, bench, chosen, losses.mean(axis=0)) for one in scored]
+        rows = [_row(one, case, chosen, losses.mean(axis=0)) for one in scored]
     if removed and int(remove * case.examples) < 1:
         left_out["QLD"] = f"a share of {remove:g} is less than one of {case.examples} examples"
         removed = ()
@@ -142,7 +143,7 @@ def _score(candidates: Sequence[Candidate], bench: Bench, progress: Progress) ->
             if bench.case.wrong is not None:
                 suspicion = _suspicion(candidate, bench, scores)
             size = None if candidate.bytes is None else candidate.bytes(bench)
-            scored.append(_Scored(candidate, scores, suspicion, size))
+            scored.append(_Scored(candidate, scores, _truth(candidate, bench), suspicion, size))
         except GradsiftError as error:
             left_out[candidate.name] = str(error)
             logger.info("%s is left out: %s", candidate.name, error)
@@ -152,23 +153,31 @@ def _score(candidates: Sequence[Candidate], bench: Bench, progress: Progress) ->
     return scored, left_out
 
 
+def _truth(candidate: Candidate, bench: Bench) -> np.ndarray | None:
+    """The same formula's scores by exact gradients; a row that these do not fit stands without them."""
+    try:
+        return None if candidate.truth is None else bench.remembered(candidate.truth)
+    except GradsiftError as error:
+        logger.info("%s is not compared with exact gradients: %s", candidate.name, error)
+        return None
+
+
 def _suspicion(candidate: Candidate, bench: Bench, scores: np.ndarray | None) -> np.ndarray | None:
     if candidate.suspicion is not None:
         return candidate.suspicion(bench)
     return None if scores is None else -scores.mean(axis=0)
 
 
-def _row(one: _Scored, bench: Bench, chosen: np.ndarray, losses: np.ndarray) -> Row:
-    case, candidate, scores = bench.case, one.candidate, one.scores
+def _row(one: _Scored, case: FidelityCase, chosen: np.ndarray, losses: np.ndarray) -> Row:
+    candidate, scores = one.candidate, one.scores
     top = min(_TOP, case.examples)
     row = Row(candidate.name, candidate.family, candidate.method, one.bytes)
     if scores is not None:
         row = replace(row, lds=lds(scores, chosen, losses))
         if case.labels is not None and case.query_labels is not None:
             row = replace(row, classes=class_recall(scores, case.labels, case.query_labels, top))
-        truth = None if candidate.truth is None else bench.remembered(candidate.truth)
-        if truth is not None:
-            row = replace(row, agreement=agreement(scores, truth, top))
+        if one.truth is not None:
+            row = replace(row, agreement=agreement(scores, one.truth, top))
     if one.suspicion is not None and case.wrong is not None:
         row = replace(row, auc=auc(one.suspicion, case.wrong))
     return row

@@ -70,9 +70,9 @@ class ExactFisher:
         solved, lam, keep = self._solved(damping, labels)
         return np.asarray((self._dot - self._asked[:, keep] @ solved) / lam)
 
-    def own(self, damping: float = 1.0) -> np.ndarray:
-        """Each example's score for itself, float64 (n,)."""
-        solved, lam, keep = self._solved(damping, None)
+    def own(self, damping: float = 1.0, labels: int | None = None) -> np.ndarray:
+        """Each example's score for itself, float64 (n,); arguments as of ``scores``."""
+        solved, lam, keep = self._solved(damping, labels)
         return np.asarray((self._self - (self._known[keep] * solved).sum(dim=0)) / lam)
 
     def _solved(self, damping: float, labels: int | None) -> tuple[Tensor, float, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gradsift.engine.fidelity.baselines import BASELINES
-from gradsift.engine.fidelity.bench import LABELS, Bench
+from gradsift.engine.fidelity.bench import Bench
 from gradsift.engine.fidelity.candidates import (
     Candidate,
     alone,
@@ -31,7 +31,7 @@ def standard(bench: Bench) -> list[Candidate]:
     usual = dims[min(1, len(dims) - 1)]
     found = [*BASELINES, dot, exact("cosine")]
     found += [exact_fisher(k) for k in _SWEEP]
-    found += [exact_fisher(1.0, labels) for labels in (1, 2, 4) if labels < LABELS]
+    found += [exact_fisher(1.0, labels) for labels in (1, 2, 4) if labels * bench.case.examples < bench.labels]
     found += [exact_fisher(k, by=by) for by in _METRICS for k in (1.0, 3.0)]
     found.append(exact_fisher(1.0, models=_MODELS))
     found += [corrected("ekfac", k) for k in (0.3, 1.0, 3.0)]
