@@ -130,8 +130,10 @@ def main() -> None:
     for name in options.case:
         CASES[name]()  # the base model is there before the helper looks for it
         with subprocess.Popen([sys.executable, __file__, "--lend", name]) as helper:
-            found = measure(name, options.quick)
-            helper.kill()
+            try:
+                found = measure(name, options.quick)
+            finally:
+                helper.kill()  # leaving the block waits for it
         print_evaluation(console, found)
         if options.quick:
             continue
