@@ -21,6 +21,7 @@ from toy import toy_extract, tree
 import gradsift as gs
 from gradsift.engine.answers.queries import prepare
 from gradsift.engine.answers.search import find
+from gradsift.engine.compaction.append import append_rows
 
 DIM = 64
 
@@ -126,6 +127,23 @@ def test_rows_added_later(halves: Halves, tmp_path: Path, block: int, monkeypatc
     assert [entry["rows"] for entry in added] == [300]
     with pytest.raises(gs.StoreError, match=r"id 'new 0' .* already"):
         after.append(two)
+
+
+def test_no_append_writes_over_another(halves: Halves, tmp_path: Path) -> None:
+    """Twice from one handle, and from a description that was read before another process was through."""
+    one, two = halves
+    rows = low_rank(20, DIM, seed=4)
+    three = write_store(tmp_path / "three.zarr", rows, ids=[f"third {i}" for i in range(20)])
+    opened = gs.compact(one, tmp_path / "a", bytes=36, progress=False)
+    opened.append(three)
+    after = opened.append(two)
+    assert list(after.ids) == [*one.ids, *three.ids, *two.ids]
+    assert [entry["rows"] for entry in after.metadata["compacted"]["appended"]] == [20, 300]
+    four = write_store(tmp_path / "four.zarr", rows, ids=[f"fourth {i}" for i in range(20)])
+    before = tree(tmp_path / "a")
+    with pytest.raises(gs.StoreError, match="no longer the store of 700 rows"):
+        append_rows(opened.path, opened.metadata, opened.axes_maps, opened.ids, four)
+    assert tree(tmp_path / "a") == before
 
 
 def test_new_rows_outside_the_axes_are_warned_of(halves: Halves, tmp_path: Path, caplog: Any) -> None:

@@ -160,12 +160,14 @@ class CompactStore(FeatureStore):
             store: whole rows of the same model, parameters, loss and sketch, with new ids.
 
         Returns:
-            the store with all rows; this one does not change.
+            the store with all rows, those included that were added since this one was opened; this one does not change.
 
         Raises:
-            StoreError: the stores do not fit, an id is there already, or it cannot be written.
+            StoreError: the stores do not fit, an id is there already, another process adds rows at the same time, or it
+                cannot be written.
         """
-        append_rows(self.path, self.metadata, self.axes_maps, self.ids, store)
+        now = self.open(self.path)
+        append_rows(now.path, now.metadata, now.axes_maps, now.ids, store)
         return self.open(self.path)
 
     def _asked(self, directions: Tensor, weights: np.ndarray | None) -> tuple[Tensor, np.ndarray | None]:

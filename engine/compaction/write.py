@@ -67,10 +67,16 @@ def write_more(root: Path, store: FeatureStore, units: Units, coding: Coding, de
 
     Every file is replaced in one step by one that holds more rows, and the description, which says how many count,
     comes last: a reader sees the rows of before or all of them, also when this process is killed.
+
+    Raises:
+        StoreError: it cannot be written, another process is writing it, or one has since ``description`` was read.
     """
     columns = group(description)
     rows, more = int(description["rows"]), len(store)
     with _only(root):
+        now = read_description(root)
+        if now is None or int(now["rows"]) != rows:
+            raise StoreError(f"'{root}' is no longer the store of {rows} rows that was opened: append to it once more")
         try:
             for index, filled, values in _filled(root, columns.columns, rows, _coded(store, units, coding)):
                 for column in columns.columns:
