@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -298,6 +299,20 @@ def test_few_axes_take_more_bits(tmp_path: Path) -> None:
     made = gs.compact(store, tmp_path / "b", bytes=128, scorer="dot", progress=False)
     assert (made.axes, made.bits, made.bytes) == (12, 8, 16)
     assert made.recall["alone"] > 0.9
+
+
+def test_no_axis_is_given_up_for_more_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """24 bytes hold 64 axes in 2 bits, or 40 in 4; what two sizes hold alike is measured once."""
+    module = importlib.import_module("gradsift.engine.compaction.compact")
+    store = write_store(tmp_path / "a.zarr", torch.randn(400, 64, generator=torch.Generator().manual_seed(0)))
+    made = gs.compact(store, tmp_path / "b", bytes=24, scorer="dot", progress=False)
+    assert (made.axes, made.bits, made.bytes) == (64, 2, 20)
+    real, measured = module.measure, list[Recall]()
+    monkeypatch.setattr(module, "SIZES", (24, 28, 96))
+    monkeypatch.setattr(module, "measure", lambda *given: replace(real(*given), listed=0.0))
+    with pytest.raises(gs.StoreError, match=r"below 0\.9"):
+        gs.compact(store, tmp_path / "c", recall=0.9, scorer="dot", report=measured.append, progress=False)
+    assert [(each.bits, each.bytes) for each in measured] == [(2, 20), (8, 68)]
 
 
 def test_four_bits_from_256_bytes_on(tmp_path: Path) -> None:

@@ -103,12 +103,14 @@ def compact(
         measured = []
         for size in sizes:
             coding = _coding(axes, size, bits)
+            if measured and coding.bytes == measured[-1].bytes:
+                continue  # nothing is left that more bytes could buy
             with _stage(shown, f"recall at {coding.bytes} bytes", len(store)) as tick:
                 measured.append(measure(store, units, question, coding, rescore, tick))
             logger.info("%s", measured[-1])
             if report is not None:
                 report(measured[-1])
-            if recall is None or measured[-1].listed >= recall or coding.bytes < size:
+            if recall is None or measured[-1].listed >= recall:
                 break
         if recall is not None and measured[-1].listed < recall:
             raise StoreError(
@@ -158,13 +160,11 @@ def _fits(store: FeatureStore) -> None:
 
 
 def _coding(axes: Principal, size: int, bits: int | None) -> Coding:
-    """As many axes as fit the bytes, in few bits; all axes in more bits where there are not so many."""
+    """As many axes as fit the bytes, in few bits; in more bits where all axes fit them."""
     room = 8 * (size - SCALE_BYTES)
-    usual = [each for each in BITS if each >= (4 if size >= _FOUR_BITS else _FEWEST_BITS)]
-    for each in usual if bits is None else (bits,):
-        count = min(room // each, len(axes))
-        if room // each <= len(axes):
-            break
+    usual = 4 if size >= _FOUR_BITS else _FEWEST_BITS
+    each = bits or max([usual, *(more for more in BITS if room // more >= len(axes))])
+    count = min(room // each, len(axes))
     count -= count % (8 // each)
     if not count:
         each, count = 8, len(axes)

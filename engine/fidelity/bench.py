@@ -143,13 +143,17 @@ class Bench:
         blocks = stream_scores(self.store(rows), self.store(rows, queries=True), scorer, damping=damping)
         return np.concatenate([block for _, block in blocks], axis=1)
 
-    def coded_scores(self, scorer: str, rows: Rows, size: int, damping: float | None = None) -> np.ndarray:
-        """Scores of all examples by a compacted store of so many bytes per example, float64 (q, n)."""
-        if damping is not None:
-            self._need_labels()
+    def coded(self, scorer: str, rows: Rows, size: int) -> CompactStore:
+        """All examples in a compacted store of so many bytes per example at most."""
         whole = self.store(rows)
         path = whole.path.with_suffix(f".{scorer}.{size}")
-        store = CompactStore.open(path) if path.exists() else compact(whole, path, size, scorer=scorer, progress=False)
+        return CompactStore.open(path) if path.exists() else compact(whole, path, size, scorer=scorer, progress=False)
+
+    def coded_scores(self, scorer: str, rows: Rows, size: int, damping: float | None = None) -> np.ndarray:
+        """Scores of all examples by that store, float64 (q, n)."""
+        if damping is not None:
+            self._need_labels()
+        store = self.coded(scorer, rows, size)
         top = topk(store, self.store(rows, queries=True), len(store), scorer, damping=damping)
         scores = np.empty(top.rows.shape)
         np.put_along_axis(scores, top.rows, top.scores, axis=1)

@@ -128,14 +128,14 @@ def sketched(
 
 
 def coded(scorer: str, dim: int, size: int, damping: float | None = None, truth: Candidate | None = None) -> Candidate:
-    """A scorer over a store of ``dim`` numbers that was compacted to so many bytes per example."""
+    """A scorer over a store of ``dim`` numbers that was compacted to so many bytes per example at most."""
     rows = Rows(SketchSpec(dim=dim))
     k = "" if damping is None else f", k {damping:g}"
     return Candidate(
         f"{scorer}{k}, {size} B",
         "codes",
         lambda bench: bench.coded_scores(scorer, rows, size, damping),
-        lambda bench: size,
+        lambda bench: bench.coded(scorer, rows, size).bytes,
         truth,
         method=scorer,
     )
