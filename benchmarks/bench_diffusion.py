@@ -222,7 +222,7 @@ def test_rescore(benchmark: Any) -> None:
 
 
 def test_bytes_per_image(benchmark: Any, tmp_path: Path) -> None:
-    setup = Setup("linear maps")
+    setup = Setup("linear maps", 8)  # rows do not know how large the latents were
     n = 256 if FULL else 8
     batches = [setup.images(8) for _ in range(n // 8)]
     sizes = {}
