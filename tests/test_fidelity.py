@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -9,7 +10,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch.nn import functional
 import gradsift as gs
 from gradsift.bindings.eval.cases.digits import digits_case
 from gradsift.engine.fidelity.auc import auc
+from gradsift.engine.fidelity.baselines import bm25
 from gradsift.engine.fidelity.cache import Outcomes
 from gradsift.engine.fidelity.lds import lds, reliability, subsets
 from gradsift.engine.fidelity.qld import qld, removals
@@ -161,6 +163,18 @@ def test_outcomes_are_kept_and_another_key_does_not_see_them(tmp_path: Path) -> 
     assert len(Outcomes(tmp_path, "b", compute).missing(runs)) == 3
     with pytest.raises(DataError, match="finite loss per query"):
         Outcomes(tmp_path, "c", lambda rows, seed: np.array([np.nan])).get(runs)
+
+
+def test_processes_with_the_same_number_take_runs_in_orders_of_their_own(tmp_path: Path) -> None:
+    orders: list[list[int]] = [[], []]
+    for place, taken in enumerate(orders):
+
+        def compute(rows: Sequence[int], seed: int, taken: list[int] = taken) -> np.ndarray:
+            taken.append(rows[0])
+            return np.ones(1)
+
+        Outcomes(tmp_path / str(place), "a", compute).get([((i,), 0) for i in range(50)])
+    assert sorted(orders[0]) == sorted(orders[1]) and orders[0] != orders[1]
 
 
 def test_another_process_lends_a_hand_with_what_is_wanted(tmp_path: Path) -> None:
@@ -393,6 +407,74 @@ def test_a_case_that_does_not_fit_itself_is_refused(tmp_path: Path) -> None:
         gs.evaluate(replace(case(), examples=149, labels=None), ["dot, dim 1024"], tmp_path, count=2, seeds=1)
 
 
+def test_numbers_of_outputs_and_queries_are_checked_at_the_first_training(tmp_path: Path) -> None:
+    trained: list[Any] = []
+
+    def counted(rows: Sequence[int], seed: int) -> nn.Module:
+        trained.append(rows)
+        return fit(rows)
+
+    own = replace(case(), retrain=counted, model=fit(range(N)))
+    short = replace(own, outputs=lambda model: np.zeros(Q - 1))
+    with pytest.raises(DataError, match="per query, and there are 30"):
+        gs.evaluate(short, ["random"], tmp_path, count=8, seeds=1, removed=())
+    assert len(trained) == 1
+    with pytest.raises(ShapeError, match="29 query_labels for 30 queries"):
+        gs.evaluate(replace(own, query_labels=Y[N:-1]), ["random"], tmp_path, count=8, seeds=1, removed=())
+    assert len(trained) == 1
+
+
+def test_another_training_or_measure_has_outcomes_of_its_own() -> None:
+    def other(rows: Sequence[int], seed: int) -> nn.Module:
+        return fit(rows, seed + 1)
+
+    known = case().fingerprint()
+    assert case().fingerprint() == known
+    assert replace(case(), retrain=other).fingerprint() != known
+    assert replace(case(), outputs=lambda model: np.zeros(Q)).fingerprint() != known
+    assert replace(case(), key="another base").fingerprint() != known
+    assert replace(case(), retrain=partial(fit)).fingerprint() != known  # without a text of its own, and no error
+
+
+def test_losses_and_norms_are_read_from_whole_gradients_of_the_own_loss(tmp_path: Path) -> None:
+    from gradsift.engine.fidelity.bench import Bench, Rows
+
+    bench = Bench(case(measures={"other": Undrawn()}), tmp_path)
+    spec = gs.SketchSpec(dim=64)
+    for rows in (Rows(spec, curvature=False, measure="other"), Rows(spec, grouped=True, curvature=False)):
+        bench.store(rows)
+    assert bench.any_store.spec.dim == 1024
+
+
+def test_words_of_any_script_and_parts_of_names_are_words() -> None:
+    scores = bm25(["read_file twice", "große Straße", "слова тоже"], ["file", "große", "слова"])
+    assert scores.argmax(axis=1).tolist() == [0, 1, 2] and (scores.max(axis=1) > 0).all()
+
+
+def test_a_row_without_any_correlation_comes_last_and_is_counted() -> None:
+    slopes, chosen, losses = linear()
+    none = Row("loss", "baseline", lds=lds(np.ones_like(slopes), chosen, losses))
+    some = Row("random", "baseline", lds=lds(-slopes, chosen, losses))
+    found = Evaluation("toy", 60, 7, 40, 1, float("nan"), (none, some), {})
+    assert [row.name for row in found.ranked] == ["random", "loss"] and found.undefined == {"loss": 7}
+    told = json.loads(json.dumps(found.to_json(), allow_nan=False))
+    assert told["rows"][0]["lds"] == {"mean": None, "interval": [None, None], "undefined": 7}
+    assert "loss: 7 of 7 queries left out" in str(found)
+
+
+def test_few_halves_give_no_verdict_and_a_baseline_is_not_compressed() -> None:
+    slopes, chosen, losses = linear()
+    noisy = slopes + np.random.default_rng(1).normal(size=slopes.shape)
+    rows = (
+        Row("BM25", "baseline", lds=lds(noisy, chosen, losses)),
+        Row("exact dot", "exact", lds=lds(slopes, chosen, losses)),
+    )
+    told = Evaluation("toy", 60, 7, 40, 1, float("nan"), rows, {}).advice
+    assert told[0].startswith("Use BM25") and any(sentence.endswith("more than it.") for sentence in told)
+    few = Evaluation("toy", 60, 7, 7, 1, float("nan"), rows, {}).advice
+    assert few == ["7 random subsets are too few to tell methods apart: take at least 8, better 60."]
+
+
 def test_the_verdict_is_a_baseline_where_that_is_as_good(tmp_path: Path) -> None:
     """Scores that say it all, noisy ones, and random ones."""
     rng = np.random.default_rng(0)
@@ -407,13 +489,15 @@ def test_the_verdict_is_a_baseline_where_that_is_as_good(tmp_path: Path) -> None
     rows = (row("BM25", "baseline", truth, None), row("fisher, dim 64", "sketch", noisy, 256))
     told = Evaluation("toy", 40, 8, 60, 1, float("nan"), rows, {}).advice
     assert told[0].startswith("Use BM25") and any("not worth their cost" in sentence for sentence in told)
-    few = subsets(40, 6)
+    few = subsets(40, 8)
 
     def briefly(scores: np.ndarray, name: str, size: int | None) -> Row:
         return Row(name, "baseline" if size is None else "sketch", None, size, lds(scores, few, -(few @ truth.T)))
 
-    unsure = (briefly(noisy, "BM25", None), briefly(truth, "fisher", 256))
-    told = Evaluation("toy", 40, 8, 6, 1, float("nan"), unsure, {}).advice
+    other = np.random.default_rng(1)
+    words, gradients = (truth + noise * other.normal(size=truth.shape) for noise in (1.5, 0.5))
+    unsure = (briefly(words, "BM25", None), briefly(gradients, "fisher", 256))
+    told = Evaluation("toy", 40, 8, 8, 1, float("nan"), unsure, {}).advice
     assert told[0].startswith("These trainings cannot tell BM25") and "more subsets or seeds" in told[0]
     nothing = (row("BM25", "baseline", rng.normal(size=truth.shape), None),)
     assert "Nothing here predicts" in Evaluation("toy", 40, 8, 60, 1, float("nan"), nothing, {}).advice[0]

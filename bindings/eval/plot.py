@@ -6,12 +6,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-from gradsift.bindings.eval.render import ranked
 from gradsift.bindings.render import bytes_text
 from gradsift.engine.extras import require
 from gradsift.engine.fidelity.result import Evaluation, Row
+from gradsift.kernels.errors import DataError
 
-__all__ = ["draw"]
+__all__ = ["check", "draw"]
 
 COLOURS = {"baseline": "#9aa0a6", "exact": "#3b6ea5", "sketch": "#1b7f4d", "codes": "#c9a227", "own": "#8e44ad"}
 _WORDS = {
@@ -27,14 +27,24 @@ _WHOLE = ("exact dot", "exact fisher, k 0.3", "exact fisher, k 1")
 """Of the rows by whole gradients, those that are drawn over bytes."""
 
 
-def draw(path: Path, found: Evaluation) -> None:
-    """Write the picture.
+def check(path: Path) -> None:
+    """Refuse a picture that could not be drawn, before hours of training.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
+        DataError: there is no such folder, or it writes no such files.
     """
+    kinds = require("matplotlib.figure").Figure().canvas.get_supported_filetypes()
+    if path.suffix[1:].lower() not in kinds:
+        raise DataError(f"--out is '{path}', expected the name of a picture, such as fidelity.png")
+    if not path.absolute().parent.is_dir():
+        raise DataError(f"--out is '{path}' but there is no folder '{path.parent}': make it first")
+
+
+def draw(path: Path, found: Evaluation) -> None:
+    """Write the picture; ``check`` says whether that can be done."""
     figures = require("matplotlib.figure")
-    rows = [row for row in reversed(ranked(found)) if row.lds is not None]
+    rows = [row for row in reversed(found.ranked) if row.lds is not None]
     removed = [row for row in rows if row.qld is not None]
     sized = [row for row in rows if row.bytes is not None]
     panels = 1 + bool(sized) + bool(removed)
@@ -82,7 +92,7 @@ def _bytes(axes: Any, found: Evaluation, rows: list[Row]) -> None:
             line.sort()
             axes.plot(*zip(*line, strict=True), "o-", color=COLOURS[family], lw=1.2, ms=4)
             axes.annotate(f"  {name}", line[-1], fontsize=7, va="center")
-    words = max((row for row in rows if row.family == "baseline"), key=lambda row: row.lds.mean, default=None)  # type: ignore[union-attr]
+    words = next((row for row in reversed(rows) if row.family == "baseline"), None)
     if words is not None and words.lds is not None:
         axes.axhline(words.lds.mean, color=COLOURS["baseline"], lw=1.0, ls="--")
         axes.annotate(words.name, (0.01, words.lds.mean), xycoords=("axes fraction", "data"), fontsize=7, va="bottom")

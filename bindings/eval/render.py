@@ -12,7 +12,7 @@ from gradsift.bindings.render import bytes_text, table
 from gradsift.engine.fidelity.intervals import Interval
 from gradsift.engine.fidelity.result import Evaluation, Row
 
-__all__ = ["COLOURS", "print_evaluation", "ranked"]
+__all__ = ["COLOURS", "print_evaluation"]
 
 COLOURS = {"baseline": "grey62", "exact": "cyan", "sketch": "green", "codes": "yellow", "own": "magenta"}
 """Of the families of methods, on a terminal."""
@@ -39,7 +39,7 @@ def print_evaluation(console: Console, found: Evaluation) -> None:
     if len(shown) > _NARROW and not bars:
         shown = [column for column in shown if column[0] != "bytes"]  # the names tell it
     lines: list[Sequence[Text | str]] = []
-    for row in ranked(found):
+    for row in found.ranked:
         cells: list[Text | str] = [Text(row.name, style=COLOURS[row.family])]
         cells += [read(row) or "" for _, read in shown]
         if bars:
@@ -51,6 +51,9 @@ def print_evaluation(console: Console, found: Evaluation) -> None:
     out.columns[0].justify = "left"
     console.print(out)
     _legend(console, [name for name, _ in shown])
+    for name, count in found.undefined.items():
+        told = f"{name} has no correlation with {count} of {found.queries} queries, and its LDS is of the others"
+        console.print(f"[dim]{escape(told)}[/dim]", highlight=False)
     if found.left_out:
         console.print()
         for name, why in found.left_out.items():
@@ -58,11 +61,6 @@ def print_evaluation(console: Console, found: Evaluation) -> None:
     console.print()
     for number, sentence in enumerate(found.advice):
         console.print(Text(sentence, style="bold" if number == 0 else ""))
-
-
-def ranked(found: Evaluation) -> list[Row]:
-    """Rows by LDS, highest first; those without one last, in their order."""
-    return sorted(found.rows, key=lambda row: -row.lds.mean if row.lds is not None else 2.0)
 
 
 def _bytes(row: Row) -> str | None:

@@ -17,13 +17,16 @@ from gradsift.kernels.errors import DataError
 
 __all__ = ["BASELINES", "bm25"]
 
+_WORD = re.compile(r"[^\W_]+")
+"""Underscores part the words of a name in code."""
+
 
 def bm25(texts: Any, queries: Any) -> np.ndarray:
-    """BM25 of every query with every text, (q, n): words and numbers in lower case, Lucene's variant.
+    """BM25 of every query with every text, (q, n): words and numbers of any script in lower case, Lucene's variant.
 
     Source: Robertson & Zaragoza 2009; bm25s.
     """
-    split = [re.findall(r"[a-z0-9]+", text.lower()) for text in texts]
+    split = [_WORD.findall(text.lower()) for text in texts]
     if not any(split):
         raise DataError("the texts hold no words, which BM25 compares")
     index = require("bm25s").BM25(method="lucene")
@@ -31,7 +34,7 @@ def bm25(texts: Any, queries: Any) -> np.ndarray:
     known = set(index.vocab_dict)
     scores = np.zeros((len(queries), len(split)))
     for row, query in zip(scores, queries, strict=True):
-        words = [word for word in re.findall(r"[a-z0-9]+", query.lower()) if word in known]
+        words = [word for word in _WORD.findall(query.lower()) if word in known]
         if words:
             row[:] = index.get_scores(words)
     return scores

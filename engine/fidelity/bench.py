@@ -64,6 +64,11 @@ class Rows:
     curvature: bool = True
     measure: str | None = None
 
+    @property
+    def plain(self) -> bool:
+        """Whether each is the whole gradient of the case's own loss for the trained model."""
+        return not self.grouped and self.along is None and self.measure is None
+
 
 class Scoring(Protocol):
     """What has a name and scores."""
@@ -178,8 +183,8 @@ class Bench:
 
     @property
     def any_store(self) -> FeatureStore:
-        """A store of all examples, for what every one of them holds: losses and exact norms."""
-        made = [store for (rows, queries), store in self._stores.items() if not queries and rows.along is None]
+        """A store of all examples by the case's own loss, for what each of them holds: losses and exact norms."""
+        made = [store for (rows, queries), store in self._stores.items() if not queries and rows.plain]
         return made[0] if made else self.store(Rows(SketchSpec(dim=1024)))
 
     @cached_property
@@ -188,10 +193,10 @@ class Bench:
         return self._count(self.case.queries)
 
     def check(self) -> None:
-        """Refuse batches that do not hold the case's examples.
+        """Refuse batches that do not hold the case's examples, or queries that are not those which it describes.
 
         Raises:
-            ShapeError: they hold more, or fewer.
+            ShapeError: there are more, or fewer.
         """
         count = self._count(self.case.batches)
         if count != self.case.examples:
@@ -199,6 +204,10 @@ class Bench:
                 f"the batches hold {count} examples but the case says {self.case.examples}: give every example that "
                 "retrain can be asked for, in the order of its numbers"
             )
+        for name in ("query_texts", "query_labels"):
+            values = getattr(self.case, name)
+            if values is not None and len(values) != self.queries:
+                raise ShapeError(f"{len(values)} {name} for {self.queries} queries: give one for each")
 
     def _count(self, batches: Iterable[Mapping[str, Any]]) -> int:
         with evaluating(self.model), torch.no_grad():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -67,36 +66,47 @@ class Outcomes:
         """The runs that are not on disk, each once."""
         return [run for run in dict.fromkeys(runs) if not self.path(run).exists()]
 
-    def get(self, runs: Sequence[Run], report: Callable[[int, int], None] = lambda done, total: None) -> np.ndarray:
+    def get(
+        self,
+        runs: Sequence[Run],
+        report: Callable[[int, int], None] = lambda done, total: None,
+        queries: int | None = None,
+    ) -> np.ndarray:
         """Losses after each run, float64 (runs, q); what is missing is computed and kept.
 
         Args:
             report: called with runs done and runs in all, those on disk included.
+            queries: q, where it is known.
+
+        Raises:
+            DataError: a run gave another number of losses, or one that is not finite.
         """
         missing = self.missing(runs)
         total = len(dict.fromkeys(runs))
-        order = np.random.default_rng(os.getpid()).permutation(len(missing))
+        order = np.random.default_rng().permutation(len(missing))  # processes in containers may share their numbers
         report(total - len(missing), total)
         if missing:
             self.want(runs)
         for done, place in enumerate(order.tolist()):
-            self._take(missing[place])
+            self._take(missing[place], queries)
             report(total - len(missing) + done + 1, total)
         return np.stack([np.load(self.path(run)) for run in runs])
 
-    def _take(self, run: Run) -> None:
+    def _take(self, run: Run, queries: int | None = None) -> None:
         """Compute a run, unless another process has been here."""
         if not self.path(run).exists():
-            losses = self._checked(self._compute(*run), run[1])
+            losses = self._checked(self._compute(*run), run[1], queries)
             self._whole(self.path(run), lambda file: np.save(file, losses))
 
     @staticmethod
-    def _checked(losses: np.ndarray, seed: int) -> np.ndarray:
+    def _checked(losses: np.ndarray, seed: int, queries: int | None) -> np.ndarray:
         losses = np.asarray(losses, dtype=np.float64)
-        if losses.ndim != 1 or not len(losses) or not np.isfinite(losses).all():
+        expected = losses.size if queries is None else queries
+        if losses.shape != (expected,) or not expected or not np.isfinite(losses).all():
+            many = "" if queries is None else f", and there are {queries}"
             raise DataError(
                 f"a retraining with seed {seed} gave losses of shape {losses.shape}, or some that are not finite: "
-                "expected one finite loss per query"
+                f"expected one finite loss per query{many}"
             )
         return losses
 

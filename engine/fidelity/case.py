@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -35,10 +36,11 @@ class FidelityCase:
         loss: ``loss(model, batch) -> (n,)``, what the model was trained on; with ``sampled``, the true Fisher can be
             measured too.
         name: what the case is called in tables.
-        key: whatever ``retrain`` depends on beside the data, such as a hash of its code: kept outcomes of another key
-            are not used.
+        key: whatever ``retrain`` and ``outputs`` depend on beside the data and their own code, such as a model's
+            version or a hash of modules that they import: kept outcomes of another key are not used.
         modules: whose gradients are taken, as of ``Capture``.
-        outputs: ``outputs(model) -> (q,)``, the losses that are to be predicted; ``loss`` of the queries unless given.
+        outputs: ``outputs(model) -> (q,)``, the losses that are to be predicted, one per query in their order; ``loss``
+            of the queries unless given.
         model: the model whose gradients are taken; ``retrain`` on everything with seed 0 unless given.
         measures: other losses of the same examples, whose gradients some methods compare: "timesteps" with each kept
             apart (DMin), "squared_prediction" (D-TRAK).
@@ -74,9 +76,10 @@ class FidelityCase:
     wrong: np.ndarray | None = None
 
     def fingerprint(self) -> str:
-        """What outcomes of retrainings depend on: the key, the examples, the queries and the loss."""
+        """What outcomes depend on: key, examples, queries, loss, and the code of ``retrain`` and ``outputs``."""
         digest = hashlib.blake2b(digest_size=16)
-        about = [self.name, self.key, self.examples, loss_kind(self.loss)]
+        code = [_source(self.retrain), _source(self.outputs)]
+        about = [self.name, self.key, self.examples, loss_kind(self.loss), *code]
         digest.update(json.dumps(about).encode())
         for batch in self.batches:
             digest.update(batch_hash(batch))
@@ -122,6 +125,14 @@ class FidelityCase:
         for name, values in per_example.items():
             if values is not None and len(values) != self.examples:
                 raise ShapeError(f"{len(values)} {name} for {self.examples} examples: give one for each")
+
+
+def _source(function: Any) -> str:
+    """A function's text; "" of one that was not written in a file."""
+    try:
+        return inspect.getsource(function)
+    except (OSError, TypeError):
+        return ""
 
 
 def _numbers(values: Any) -> np.ndarray:

@@ -93,7 +93,7 @@ def evaluate(
         runs: list[Run] = [(tuple(np.flatnonzero(row).tolist()), seed) for seed in range(seeds) for row in chosen]
         outcomes.want(runs)  # others may begin while this process scores
         scored, left_out = _score(candidates, bench, progress)
-        losses = outcomes.get(runs, lambda done, total: progress("training on subsets", done, total))
+        losses = outcomes.get(runs, lambda done, total: progress("training on subsets", done, total), bench.queries)
         losses = losses.reshape(seeds, count, -1)
         rows = [_row(one, case, chosen, losses.mean(axis=0)) for one in scored]
     if removed and int(remove * case.examples) < 1:

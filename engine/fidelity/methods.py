@@ -15,12 +15,14 @@ from gradsift.engine.fidelity.candidates import (
 )
 from gradsift.engine.fidelity.exact import By
 
-__all__ = ["standard"]
+__all__ = ["MODELS", "standard"]
+
+MODELS = 3
+"""Trainings whose scores one row averages."""
 
 _SWEEP = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 _DIMS = (1024, 4096, 8192)
 _SIZES = (128, 256, 512)
-_MODELS = 3
 _METRICS: tuple[By, ...] = ("layer", "number")
 
 
@@ -33,7 +35,7 @@ def standard(bench: Bench) -> list[Candidate]:
     found += [exact_fisher(k) for k in _SWEEP]
     found += [exact_fisher(1.0, labels) for labels in (1, 2, 4) if labels * bench.case.examples < bench.labels]
     found += [exact_fisher(k, by=by) for by in _METRICS for k in (1.0, 3.0)]
-    found.append(exact_fisher(1.0, models=_MODELS))
+    found.append(exact_fisher(1.0, models=MODELS))
     found += [corrected("ekfac", k) for k in (0.3, 1.0, 3.0)]
     found.append(corrected("ggn", 1.0))
     for dim in dims:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isnan
 from typing import Any
 
 from gradsift.engine.fidelity.auc import AUC
@@ -40,7 +41,8 @@ class Row:
         """Numbers only."""
         out: dict[str, Any] = {"name": self.name, "family": self.family, "method": self.method, "bytes": self.bytes}
         if self.lds is not None:
-            out["lds"] = {"mean": self.lds.mean, "interval": [*self.lds.interval], "undefined": self.lds.undefined}
+            interval = [_number(end) for end in self.lds.interval]
+            out["lds"] = {"mean": _number(self.lds.mean), "interval": interval, "undefined": self.lds.undefined}
         if self.qld is not None:
             out["qld"] = {"mean": self.qld.mean, "interval": [*self.qld.interval]}
         if self.auc is not None:
@@ -51,7 +53,7 @@ class Row:
             out["agreement"] = {
                 "recall": _share(self.agreement.recall),
                 "in_short_list": _share(self.agreement.listed),
-                "spearman": self.agreement.spearman,
+                "spearman": _number(self.agreement.spearman),
             }
         return out
 
@@ -86,6 +88,16 @@ class Evaluation:
 
         return advice(self)
 
+    @property
+    def ranked(self) -> list[Row]:
+        """Rows by LDS, highest first; those without one last, in their order."""
+        return sorted(self.rows, key=lambda row: -row.lds.mean if row.lds and not isnan(row.lds.mean) else 2.0)
+
+    @property
+    def undefined(self) -> dict[str, int]:
+        """Row -> its queries without a correlation, which its LDS leaves out: all scores, or all losses, are equal."""
+        return {row.name: row.lds.undefined for row in self.rows if row.lds and row.lds.undefined}
+
     def __str__(self) -> str:
         lines = [
             f"{self.case}: {self.examples} examples, {self.queries} queries, {self.subsets} subsets x {self.seeds}"
@@ -95,6 +107,7 @@ class Evaluation:
             for row in self.rows
             if row.lds is not None
         ]
+        lines += [f"{name}: {count} of {self.queries} queries left out" for name, count in self.undefined.items()]
         return "\n".join([*lines, *self.advice])
 
     def to_json(self) -> dict[str, Any]:
@@ -105,11 +118,16 @@ class Evaluation:
             "queries": self.queries,
             "subsets": self.subsets,
             "seeds": self.seeds,
-            "ceiling": None if self.ceiling != self.ceiling else self.ceiling,
+            "ceiling": _number(self.ceiling),
             "rows": [row.to_json() for row in self.rows],
             "left_out": self.left_out,
             "advice": self.advice,
         }
+
+
+def _number(value: float) -> float | None:
+    """JSON has no NaN."""
+    return None if isnan(value) else value
 
 
 def _share(share: Share) -> dict[str, Any]:

@@ -13,13 +13,19 @@ _USABLE = ("baseline", "sketch", "codes", "own")
 """What can be had at any size; exact gradients of everything only serve as a measure."""
 
 
+_FEWEST = 8
+"""Subsets below which resamples of them say nothing of the next ones."""
+
 _MATTERS = 0.1
 """A difference in LDS that gradients would be worth."""
 
 
 def advice(found: Evaluation) -> list[str]:
     """Sentences, the one that matters first."""
-    ranked = sorted((row for row in found.rows if row.lds and row.lds.mean == row.lds.mean), key=_lds, reverse=True)
+    if found.subsets < _FEWEST:
+        few = f"{found.subsets} random subsets are too few to tell methods apart: take at least {_FEWEST}, better 60."
+        return [few, *_removal(found), *_mislabels(found)]
+    ranked = [row for row in found.ranked if row.lds and row.lds.mean == row.lds.mean]
     usable = [row for row in ranked if row.family in _USABLE and row.name != "random"]
     if not usable:
         return ["No method was measured that can be used at any size."]
@@ -80,11 +86,10 @@ def _limits(found: Evaluation, best: Row, ranked: list[Row]) -> list[str]:
         )
     exact = next((row for row in ranked if row.family == "exact"), None)
     if exact is not None and exact.lds is not None:
-        lost = exact.lds.mean - best.lds.mean
-        if lost > 0:
-            sentences.append(
-                f"Exact gradients would give {_figure(exact)} ({exact.name}): {lost:.2f} are lost by compression."
-            )
+        more = exact.lds.mean - best.lds.mean
+        if more > 0:
+            how = "more than it" if _baseline(best) else "are lost by compression"
+            sentences.append(f"Exact gradients would give {_figure(exact)} ({exact.name}): {more:.2f} {how}.")
     return sentences
 
 
