@@ -32,6 +32,23 @@ def retrain(lines, seed):
     if seed == 1:
         model.save_pretrained("adapter")
         return "adapter"
+    if seed == 2:
+        model.merge_and_unload().save_pretrained("whole")  # without a tokenizer
+        return "whole"
+    return model
+"""
+
+PREFERENCES = """
+import torch
+from peft import PeftModel
+from transformers import LlamaForCausalLM
+
+def retrain(lines, seed):
+    model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained({base!r}), {adapter!r})
+    torch.manual_seed(sum(lines) + seed)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data += 0.1 * torch.randn_like(parameter)
     return model
 """
 
@@ -61,6 +78,7 @@ def test_digits_quick_shows_what_curvature_is_worth_and_resumes(cli: Any, tmp_pa
     assert len(kept) == 16
     again = cli(*command)
     assert again.code == 0 and "Use fisher" in again.out
+    assert "at most 18 retrainings: 16 halves x 1 seed" in again.err
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "kept").rglob("*.npy")} == kept
 
 
@@ -79,18 +97,54 @@ def test_a_users_own_training_is_called_with_lines_and_seeds(
         *("--dim", "64", "--curvature", "8", "--json"),
     )
     assert made.code == 0, made.err
-    command = ["eval", "s.zarr", "--retrain", "own_training:retrain", "--queries", asked, "--subsets", "3"]
+    command = [
+        "eval",
+        "s.zarr",
+        "--retrain",
+        "own_training:retrain",
+        "--queries",
+        asked,
+        "--subsets",
+        "3",
+        "--seeds",
+        "3",
+    ]
     names = ["BM25", "exact dot", "activation difference", "hidden states", "fisher, k 1, dim 1024"]
     run = cli(*command, "--json", *(part for name in names for part in ("--method", name)))
     assert run.code == 0, run.err
     found = json.loads(run.out)
     assert [row["name"] for row in found["rows"]] == names
-    assert (found["examples"], found["queries"], found["subsets"], found["seeds"]) == (8, 2, 3, 2)
+    assert (found["examples"], found["queries"], found["subsets"], found["seeds"]) == (8, 2, 3, 3)
     assert "less than one of 8" in found["left_out"]["QLD"]
     calls = [eval(line.rsplit(" ", 1)[0]) for line in Path("calls.txt").read_text().splitlines()]
-    assert len(calls) == 6 and all(len(lines) == 4 and set(lines) <= set(range(8)) for lines in calls)
+    assert len(calls) == 9 and all(len(lines) == 4 and set(lines) <= set(range(8)) for lines in calls)
     assert cli(*command, "--method", "BM25", "--json").code == 0
-    assert len(Path("calls.txt").read_text().splitlines()) == 6  # a second evaluation trains nothing
+    assert len(Path("calls.txt").read_text().splitlines()) == 9  # a second evaluation trains nothing
+
+
+def test_preferences_are_measured_by_their_own_loss(cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    base = save_base(tmp_path / "base")
+    adapter = save_adapter(tmp_path / "first", base)
+    said = ["the cat sat", "on the mat", "hello user", "Paris is"]
+    pairs = [{"prompt": one, "chosen": other, "rejected": "mat"} for one in said for other in said[:2]]
+    data, asked = write_jsonl(tmp_path / "pairs.jsonl", pairs), write_jsonl(tmp_path / "asked.jsonl", pairs[:2])
+    text = write_jsonl(tmp_path / "text.jsonl", [{"text": "the cat sat on Paris"}])
+    (tmp_path / "preferences.py").write_text(PREFERENCES.format(base=base, adapter=adapter))
+    made = cli(
+        *("extract", "--model", base, "--adapter", adapter, "--data", data, "--out", "s.zarr", "--loss", "dpo"),
+        *("--dim", "64", "--curvature", "8", "--json"),
+    )
+    assert made.code == 0, made.err
+    command = ["eval", "s.zarr", "--retrain", "preferences:retrain", "--subsets", "2", "--seeds", "1", "--json"]
+    names = [part for name in ("BM25", "exact dot", "hidden states") for part in ("--method", name)]
+    run = cli(*command, "--queries", asked, *names)
+    assert run.code == 0, run.err
+    found = json.loads(run.out)
+    assert [row["name"] for row in found["rows"]] == ["BM25", "exact dot"]
+    assert "no states" in found["left_out"]["hidden states"]
+    other = cli(*command, "--queries", text)
+    assert other.code == 2 and "are of the loss dpo" in other.err and "text" in other.err
 
 
 @pytest.mark.parametrize(
@@ -102,6 +156,10 @@ def test_a_users_own_training_is_called_with_lines_and_seeds(
         (["s.zarr", "--retrain", "nothing", "--queries", "q"], "expected module:function"),
         (["s.zarr", "--retrain", "no_such_module_here:f", "--queries", "q"], "no module 'no_such_module_here'"),
         (["s.zarr", "--retrain", "json:missing", "--queries", "q"], "has no function 'missing'"),
+        (["--case", "digits", "--subsets", "0"], "greater than or equal to 1"),
+        (["--case", "digits", "--seeds", "0"], "greater than or equal to 1"),
+        (["--case", "digits", "--out", "nowhere/fidelity.png"], "there is no folder 'nowhere'"),
+        (["--case", "digits", "--out", "fidelity.words"], "expected the name of a picture"),
     ],
 )
 def test_bad_input_is_a_sentence(cli: Any, arguments: list[str], sentence: str) -> None:

@@ -15,6 +15,9 @@ from gradsift.kernels.errors import DataError
 
 __all__ = ["app"]
 
+_QUERIES = 20
+"""Queries without whose best examples is trained again, at most."""
+
 app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -47,8 +50,8 @@ def evaluate(
     method: Annotated[
         list[str] | None, typer.Option(help="Only these rows, a glob such as '*fisher*'; may be repeated.")
     ] = None,
-    subsets: Annotated[int | None, typer.Option(help="Random halves to train on.  \\[default: 60]")] = None,
-    seeds: Annotated[int | None, typer.Option(help="Trainings of each half.  \\[default: 2]")] = None,
+    subsets: Annotated[int | None, typer.Option(min=1, help="Random halves to train on.  \\[default: 60]")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Trainings of each half.  \\[default: 2]")] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="16 halves, one seed, no removal, smaller digits: a first look.")
     ] = False,
@@ -80,29 +83,51 @@ def evaluate(
     if case is not None and (retrain is not None or queries is not None):
         raise DataError(f"--case {case.value} brings its own training and queries: leave --retrain and --queries out")
     hush()
+    if out is not None:
+        from gradsift.bindings.eval.plot import check
+
+        check(out)
     with ticking("making the case") as tick:
         made = _built_in(case, cache, quick, tick) if case is not None else _own(store, retrain, queries)
-    settings: dict[str, Any] = {"count": subsets or (16 if quick else 60), "seeds": seeds or (1 if quick else 2)}
+    count, times = subsets or (16 if quick else 60), seeds or (1 if quick else 2)
+    removed = () if quick else REMOVED
+    if not as_json:
+        Console(stderr=True).print(_cost(count, times, len(removed), cache), highlight=False)
     with ticking("training") as tick:
         found = run(
             made,
             method,
             cache,
-            removed=() if quick else REMOVED,
+            count=count,
+            seeds=times,
+            removed=removed,
+            remove_queries=_QUERIES,
             progress=lambda what, done, total: tick(done, total, what),
-            **settings,
         )
+    console = Console()
+    if as_json:
+        typer.echo(json.dumps({**found.to_json(), "picture": None if out is None else str(out)}))
+    else:
+        print_evaluation(console, found)
     if out is not None:
         from gradsift.bindings.eval.plot import draw
 
         draw(out, found)
-    if as_json:
-        typer.echo(json.dumps({**found.to_json(), "picture": None if out is None else str(out)}))
-        return
-    console = Console()
-    print_evaluation(console, found)
-    if out is not None:
-        console.print(f"[green]done[/green]  {escape(str(out))}")
+        if not as_json:
+            console.print(f"[green]done[/green]  {escape(str(out))}")
+
+
+def _cost(halves: int, seeds: int, methods: int, cache: Path) -> str:
+    """How often is trained at most, which says how long this takes."""
+    from gradsift.engine.fidelity.methods import MODELS
+
+    parts = [f"{halves} halves x {seeds} seed" + "s" * (seeds > 1)]
+    if methods:
+        parts.append(f"{methods} methods x {_QUERIES} queries + 1 for the removal of the best")
+    parts.append(f"{MODELS - 1} for the row of {MODELS} models, where it fits")
+    most = halves * seeds + (methods * _QUERIES + 1 if methods else 0) + MODELS - 1
+    told = f"at most {most} retrainings: {', '.join(parts)}; what '{cache}' holds is not trained again"
+    return f"[dim]{escape(told)}[/dim]"
 
 
 def _built_in(case: BuiltIn, cache: Path, quick: bool, tick: Any) -> Any:
@@ -125,16 +150,18 @@ def _built_in(case: BuiltIn, cache: Path, quick: bool, tick: Any) -> Any:
 
 def _own(store: Path | None, retrain: str | None, queries: str | None) -> Any:
     from gradsift.bindings.eval.own import function, own_case
+    from gradsift.bindings.losses import loss_of
     from gradsift.bindings.workspace import Workspace, remembered
     from gradsift.engine.store.reader import FeatureStore
 
     assert store is not None and retrain is not None and queries is not None
     trains, key = function(retrain)
     opened = FeatureStore.open(store)
-    if (opened.metadata.get("notes") or {}).get("kind") == "diffusion":
+    kind = opened.metadata["loss"]["kind"]
+    if kind != loss_of(opened).kind:  # such as a diffusion model's
         raise DataError(
-            f"'{store}' is a diffusion model's: evaluate it from Python, gs.evaluate(gs.FidelityCase(...)), as "
-            "docs/fidelity.md shows"
+            f"'{store}' holds rows of the loss {kind}, which no training of the command line has: evaluate it from "
+            "Python, gs.evaluate(gs.FidelityCase(...)), as docs/fidelity.md shows"
         )
     space = Workspace(opened, remembered(opened))
     return own_case(space, space.questions(queries), trains, key, store.stem)

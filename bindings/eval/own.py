@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +24,9 @@ __all__ = ["function", "mean_states", "own_case"]
 
 _AT_ONCE = 8
 """Examples in a batch."""
+
+_SAID = ("messages", "text", "prompt", "completion", "chosen", "rejected", "responses")
+"""Columns of text, of records of any form."""
 
 Retrain = Callable[[list[int], int], Any]
 
@@ -63,10 +65,18 @@ def own_case(space: Workspace, queries: Dataset, retrain: Retrain, key: str, nam
         queries: whose losses are to be predicted.
         retrain: ``retrain(lines, seed)``: trains from the start on these lines of the data file, counted from 0, and
             returns the model, or the folder where it lies: of an adapter, or of a whole model.
-        key: what the training depends on beside the data.
+        key: what the training depends on beside the data and the store's model.
         name: of the case.
+
+    Raises:
+        DataError: the queries have another loss than the store's rows, which is what retraining is measured by.
     """
     data, notes = space.data, space.notes
+    if space.loss_for(queries) is not space.loss:
+        raise DataError(
+            f"the rows of '{space.store.path}' are of the loss {space.loss.kind} but the queries are "
+            f"{queries.encoder.form}: give queries with the columns of the training data"
+        )
     places = sorted(data.find(list(space.store.ids)))
 
     def trained(rows: Sequence[int], seed: int) -> nn.Module:
@@ -75,18 +85,18 @@ def own_case(space: Workspace, queries: Dataset, retrain: Retrain, key: str, nam
 
     return FidelityCase(
         name=name,
-        key=f"{key} {notes.model} {notes.max_length} {notes.eos}",
+        key=f"{key} {notes.model} {space.store.metadata['fingerprints']} {notes.max_length} {notes.eos}",
         examples=len(places),
         retrain=trained,
         batches=_Batches(data, places),
         queries=_Batches(queries, range(len(queries))),
-        loss=language_model,
+        loss=space.loss,
         modules=notes.modules,
         model=space.model,
         before=_Untuned(space.model) if hasattr(space.model, "disable_adapter") else None,
         texts=[_text(data.record(place)) for place in places],
         query_texts=[_text(queries.record(row)) for row in range(len(queries))],
-        states=None if space.loaded.encoder_decoder else mean_states,
+        states=mean_states if space.loss is language_model and not space.loaded.encoder_decoder else None,
     )
 
 
@@ -135,19 +145,25 @@ def _model(given: Any, space: Workspace) -> nn.Module:
             f"retrain returned {given!r}, expected the trained model, or the folder where it or its adapter was saved"
         )
     notes, folder = space.notes, str(given)
-    adapter = (Path(given) / "adapter_config.json").is_file()
-    model, lora = (notes.model, folder) if adapter else (folder, None)
+    model, lora, tokenizer = notes.model, folder, notes.tokenizer
+    if not (Path(given) / "adapter_config.json").is_file():  # a whole model, perhaps saved without its tokenizer
+        model, lora, tokenizer = folder, None, space.loaded.tokenizer.name_or_path
     with torch.no_grad():
-        loaded = load(model, lora, tokenizer=notes.tokenizer, dtype=notes.dtype, device=str(device))
+        loaded = load(model, lora, tokenizer=tokenizer, dtype=notes.dtype, device=str(device))
     return loaded.model
 
 
 def _text(record: Record) -> str:
-    """A record as plain text."""
-    if "messages" in record:
-        return " ".join(str(turn["content"]) for turn in record["messages"])
-    if "text" in record:
-        return str(record["text"])
-    if "prompt" in record:
-        return f"{record['prompt']} {record['completion']}"
-    return json.dumps(record, ensure_ascii=False)
+    """A record as plain text: what was written to the model, and what it or others wrote."""
+    return " ".join(text for column in _SAID if column in record for text in _strings(record[column]))
+
+
+def _strings(said: Any) -> Iterator[str]:
+    """Every text of a column: one, those of messages, or several of either."""
+    if isinstance(said, str):
+        yield said
+    elif isinstance(said, Mapping):
+        yield from _strings(said.get("content"))
+    elif isinstance(said, list | tuple):
+        for each in said:
+            yield from _strings(each)
