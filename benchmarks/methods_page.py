@@ -52,6 +52,9 @@ BRUTE_FORCE = {
 }
 """Which test compares a method with dense algebra on exact gradients."""
 
+_CONTROLS = ("random", "everything")
+"""Choices beside which every selector's figure is read."""
+
 
 def page(rows: list[Row]) -> str:
     """The whole page."""
@@ -98,6 +101,8 @@ def _method(kind: str, name: str, about: Method, rows: list[Row]) -> list[str]:
     measured = [row for row in rows if row["method"] == _measured_as(kind, name) and row["family"] in families]
     if not measured and about.published.startswith("none found"):
         raise SystemExit(f"{kind}: {name!r} has no figure: expected one that was published or one in {RESULTS}")
+    if measured and kind == "Selectors":
+        measured += [row for row in rows if row["family"] == "selector" and row["method"] in _CONTROLS]
     lines = [f"### {name}", "", f"`{about.formula}`", ""]
     lines += [f"- **needs** {about.needs}", f"- **cost** {about.cost}", f"- **source** {about.source}"]
     lines += [f"- **published** {about.published}", f"- **brute force** `tests/{test}`", ""]

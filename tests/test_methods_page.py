@@ -25,6 +25,14 @@ def test_the_page_is_in_step_with_the_methods_and_their_figures(made: Any) -> No
     assert made.page(made.read()) == (ROOT / "docs" / "methods.md").read_text()
 
 
+def test_every_selector_stands_beside_random_choice_and_everything(made: Any) -> None:
+    page = made.page(made.read())
+    selectors = page[page.index("## Selectors") : page.index("## Corrections")].split("### ")[1:]
+    for section in selectors:
+        assert all(f"| choice: {name} |" in section for name in ("random", "everything")) == ("| choice: " in section)
+    assert any("| choice: random |" in section for section in selectors)
+
+
 def test_the_record_shows_what_the_documents_claim_of_the_language_case(made: Any) -> None:
     """As it was measured, with intervals of .05: which inequalities hold is what the README rests on."""
     rows = {row["name"]: row for row in made.read() if row["case"] == "lm"}
