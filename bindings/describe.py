@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from gradsift.bindings.data import Dataset
 from gradsift.bindings.render import bytes_text, facts
+from gradsift.engine.scorers.stores import summed_tokens
 from gradsift.engine.store.reader import FeatureStore
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ def describe(store: FeatureStore) -> dict[str, Any]:
     quantiles = np.nanquantile(norms, [0.05, 0.5, 0.95], axis=0).T.tolist() if len(norms) else []
     loss = np.asarray(store.loss, dtype=np.float64)
     tokens = None if store.loss_tokens is None else int(store.loss_tokens.sum())
+    summed = summed_tokens(store)
+    terms = len(loss) if summed is None else max(summed.sum(), 1)
     curvature = store.metadata.get("curvature") or {}
     return {
         "path": str(store.path),
@@ -43,7 +46,7 @@ def describe(store: FeatureStore) -> dict[str, Any]:
         "curvature_rows": int(curvature.get("rows") or 0),
         "loss_kind": store.metadata["loss"]["kind"],
         "loss_tokens": tokens,
-        "mean_loss": float(loss.sum() / (tokens or len(loss))) if len(loss) else None,
+        "mean_loss": float(loss.sum() / terms) if len(loss) else None,
         "grad_norm": quantiles[0] if len(quantiles) == 1 else None,
         "parts": [
             {"checkpoint": part["checkpoint"], "timestep": part["timestep"], "group": part["group"], "grad_norm": norm}
@@ -106,7 +109,7 @@ def print_info(console: Console, store: FeatureStore, verified: bool) -> None:
         ("loss on", notes.get("trained_on") or found["loss_kind"]),
     ]
     if found["mean_loss"] is not None:
-        unit = "token" if found["loss_tokens"] is not None else "example"
+        unit = "example" if summed_tokens(store) is None else "token"
         pairs.append(("mean loss", f"{found['mean_loss']:.3f} per {unit}"))
     applied = store.metadata.get("preconditioner")
     if applied:

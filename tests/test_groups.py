@@ -91,6 +91,54 @@ def test_rows_are_drawn_in_the_mixtures_shares_of_tokens() -> None:
     assert "of tokens" in chosen.reasons[0]
 
 
+def test_rows_without_gradient_have_no_part_in_influence_or_shares() -> None:
+    rows, asked = random_rows(400, DIM), random_rows(3, DIM, 1)
+    labels = ["long"] * 100 + ["short"] * 300
+    tokens = np.where(np.array(labels) == "long", 30, 10)
+    rows[50:100], tokens[50:100] = 0, 1  # half of the long ones are empty, and short
+    chosen = gs.select(MemoryStore(rows, loss_tokens=tokens), asked, 80, "groups", scorer="dot", groups=labels)
+    kept = [*range(50), *range(100, 400)]
+    alone = MemoryStore(rows[kept], loss_tokens=tokens[kept])
+    without = gs.select(alone, asked, 80, "groups", scorer="dot", groups=[labels[i] for i in kept])
+    weights: Any = chosen.weights
+    assert weights == pytest.approx(without.weights)
+    share = tokens[chosen.rows][chosen.rows < 100].sum() / tokens[chosen.rows].sum()
+    assert share == pytest.approx(weights["long"], abs=0.03)
+
+
+def test_rows_of_mean_losses_count_as_one_each() -> None:
+    rows, asked = random_rows(ROWS, DIM), random_rows(3, DIM, 1)
+    tokens = np.random.default_rng(2).integers(1, 9, ROWS)
+    means = MemoryStore(rows, loss_tokens=tokens, metadata={"loss": {"sums_tokens": False}})
+    options: dict[str, Any] = {"groups": LABELS, "scorer": "dot"}
+    assert gs.select(means, asked, 9, "groups", **options).weights == pytest.approx(
+        gs.select(MemoryStore(rows), asked, 9, "groups", **options).weights
+    )
+
+
+def test_a_mixture_that_cannot_fill_the_budget_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    best: dict[str, Any] = {"evenness": 0.0, "diversity": 0.0, "no_loss": False}
+    with caplog.at_level(logging.WARNING):
+        chosen = gs.select(
+            MemoryStore(random_rows(ROWS, DIM)),
+            random_rows(1, DIM, 1),
+            70,
+            "groups",
+            scorer="dot",
+            groups=LABELS,
+            **best,
+        )
+    assert len(chosen.rows) < 70
+    assert f"the budget is 70 rows but the groups with a weight hold only {len(chosen.rows)}" in caplog.text
+
+
+@pytest.mark.parametrize("label", [["a"], {"a": 1}, np.array([1, 2])])
+def test_labels_that_are_no_values_are_refused(label: Any) -> None:
+    with pytest.raises(gs.DataError, match=r"row 3 has a \w+ in groups, expected text or a number"):
+        labels = [*LABELS[:3], label, *LABELS[4:]]
+        gs.select(MemoryStore(random_rows(ROWS, DIM)), random_rows(1, DIM, 1), 9, "groups", scorer="dot", groups=labels)
+
+
 @pytest.mark.parametrize(
     ("shares", "sizes", "total", "expected"),
     [

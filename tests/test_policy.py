@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import gradsift as gs
+from gradsift.bindings.describe import describe
+from gradsift.engine.capture.maps import parameters_of
 from gradsift.engine.losses import IGNORE, PolicyGradient
+from gradsift.engine.scorers.stores import summed_tokens
 
 SIZES = (3, 2, 4)
 ROWS, WIDTH = sum(SIZES), 10
@@ -263,6 +267,39 @@ def test_a_store_of_rollouts_says_what_it_holds(tmp_path: Any) -> None:
     assert PolicyGradient(temperature=0.5, scale_rewards=False).kind.endswith("rewards not scaled, temperature 0.5")
     assert store.curvature is not None
     assert math.isclose(float(store.loss_tokens.sum()), float((batch["labels"] != IGNORE).sum()))  # type: ignore[union-attr]
+    assert summed_tokens(store) is None  # they are means already
+    assert describe(store)["mean_loss"] == pytest.approx(float(store.loss.mean()))
+
+
+@pytest.mark.parametrize("aggregate", ["token", "sequence"])
+def test_adams_rows_are_of_means_and_means_are_not_divided_again(aggregate: Any, tmp_path: Path) -> None:
+    model, batch, loss = with_lora(llama()), {**rollouts(), "ids": [0, 1, 2]}, PolicyGradient(aggregate=aggregate)
+    captured = parameters_of(model)
+    for parameter in captured.values():
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.AdamW(captured.values())
+    loss(model, batch).sum().backward()
+    optimizer.step()
+    adam = gs.adam_moments(optimizer, model)
+    weights = {name: p.detach().clone() for name, p in captured.items()}
+    found = gs.extract(
+        model,
+        [batch],
+        loss,
+        tmp_path / "a",
+        spec=SPEC,
+        curvature=0,
+        checkpoints=[gs.Checkpoint(weights, adam=adam)],
+        progress=False,
+    )
+
+    def mean(model: nn.Module, batch: Any) -> Tensor:
+        tokens = loss.loss_tokens(batch) if aggregate == "token" else 1
+        return loss(model, batch) / tokens
+
+    mean.owners = loss.owners  # type: ignore[attr-defined]
+    expected = gs.Capture(model.eval(), SPEC)(batch, mean, adam=adam)
+    torch.testing.assert_close(torch.from_numpy(found.features[:]), expected.values, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -124,6 +124,9 @@ def test_lobass_by_hand_matches_by_id_and_guards_small_losses(caplog: pytest.Log
     assert chosen.reasons is not None
     assert chosen.reasons[0] == "loss per token 3, after tuning 1.5"
     assert "row 3 (id 'example 3')" in caplog.text
+    means: Any = {"loss": {"kind": "a", "sums_tokens": False}}
+    base.metadata = tuned.metadata = means  # type: ignore[attr-defined]
+    np.testing.assert_allclose(np.sort(gs.select(base, None, 3, "lobass", reference=tuned).scores), [0.25, 0.5, 0.5])
     with pytest.raises(gs.StoreError, match="lacks the example 'example 9'"):
         gs.select(tuned, None, 3, "lobass", reference=base)
     base.metadata, tuned.metadata = {"loss": {"kind": "a"}}, {"loss": {"kind": "b"}}  # type: ignore[attr-defined]

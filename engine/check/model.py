@@ -17,6 +17,7 @@ from gradsift.engine.check.case import Case
 from gradsift.engine.check.loss import loss_tokens
 from gradsift.engine.check.parts import repeatable
 from gradsift.engine.check.report import Result, Verdict
+from gradsift.engine.extraction.fingerprints import sums_tokens
 from gradsift.kernels.errors import CaptureError
 
 __all__ = ["Selection", "adapter", "coverage", "select"]
@@ -124,7 +125,7 @@ def _trained(case: Case, layers: list[Any]) -> Result:
         on = float(case.loss_fn(case.model, case.batch).sum())
         with _switched_off(case.model):
             off = float(case.loss_fn(case.model, case.batch).sum())
-    tokens = loss_tokens(case, case.batch)
+    tokens = loss_tokens(case, case.batch) if sums_tokens(case.loss_fn) else 0
     unit = "per token" if tokens else "per example"
     count = tokens or len(case.singles)
     effect = f"{off / count:.3f} without the adapter, {on / count:.3f} with it"

@@ -22,7 +22,7 @@ from gradsift.engine.checkpoints.checkpoint import Checkpoint
 from gradsift.engine.checkpoints.snapshots import Snapshots
 from gradsift.engine.extraction.batches import Batch, as_batch, expected_rows, shuffles
 from gradsift.engine.extraction.curvature_plan import CurvaturePlan
-from gradsift.engine.extraction.fingerprints import adapter_fingerprint, loss_kind, model_fingerprint
+from gradsift.engine.extraction.fingerprints import adapter_fingerprint, loss_kind, model_fingerprint, sums_tokens
 from gradsift.engine.extraction.passes import Extraction, parts_of
 from gradsift.engine.extraction.progress import Progress, reporting
 from gradsift.engine.store.format import FORMAT, SIGN, read_description
@@ -76,10 +76,11 @@ def extract(
             names its examples (text or integers, none twice; row numbers without it), ``batch["segments"]``
             are the offsets of examples that are packed in one row. ``loader.rows``, if it has that, is their number.
         loss_fn: ``loss_fn(model, batch)`` -> (n,), one loss per example. Used when it has them:
-            ``loss_tokens(batch)`` -> (n,), ``kind``, and ``sampled(model, batch, seeds)`` -> (n,), without which
-            there is no curvature sample; ``settings``, JSON from which it can be made again, kept in the store; and
-            ``parts``, a mapping for each of K parts that are to be kept apart (their ``timestep`` is stored): its
-            losses and those of ``sampled`` are then (n * K,), example-major, and rows are (n, K, dim).
+            ``loss_tokens(batch)`` -> (n,), with ``sums_tokens`` False where the loss is no sum over them but a mean;
+            ``kind``, and ``sampled(model, batch, seeds)`` -> (n,), without which there is no curvature sample;
+            ``settings``, JSON from which it can be made again, kept in the store; and ``parts``, a mapping for each of
+            K parts that are to be kept apart (their ``timestep`` is stored): its losses and those of ``sampled`` are
+            then (n * K,), example-major, and rows are (n, K, dim).
         path: a folder that is absent, empty, or holds an earlier run of this call.
         spec: the projection, ``SketchSpec()`` unless given.
         modules: what to capture, see ``Capture``.
@@ -96,10 +97,10 @@ def extract(
         checkpoints: take every row at each of them, all through one sketch: rows are (n, checkpoints * K * groups,
             dim), those of the first checkpoint first, and ``store.parts`` says which is which. Their weights are put
             into the model for a while. With ``adam`` an example's row is of the update by the gradient of its mean
-            loss per token, where the loss counts tokens, else of its loss. ``store.loss`` is of the last checkpoint,
-            ``store.checkpoint_loss`` of all. Rows of the curvature sample are plain gradients also where examples'
-            are of Adam's updates, with labels drawn from the model as it is at each checkpoint. Costs as many passes
-            as there are checkpoints.
+            loss per token, where the loss is a sum over tokens, else of its loss. ``store.loss`` is of the last
+            checkpoint, ``store.checkpoint_loss`` of all. Rows of the curvature sample are plain gradients also where
+            examples' are of Adam's updates, with labels drawn from the model as it is at each checkpoint. Costs as
+            many passes as there are checkpoints.
         groups: as of ``Capture``: one part for each captured parameter or map.
 
     Raises:
@@ -217,6 +218,7 @@ def _about(capture: Capture, loss_fn: LossFunction, snapshots: Snapshots | None)
         "loss": {
             "kind": loss_kind(loss_fn),
             "tokens": hasattr(loss_fn, "loss_tokens"),
+            "sums_tokens": sums_tokens(loss_fn),
             "settings": getattr(loss_fn, "settings", None),
         },
         "fingerprints": _fingerprints(capture),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gradsift.kernels.errors import DataError
 
-__all__ = ["adapter_fingerprint", "batch_hash", "loss_kind", "model_fingerprint"]
+__all__ = ["adapter_fingerprint", "batch_hash", "loss_kind", "model_fingerprint", "sums_tokens"]
 
 _SAMPLE = 4096
 """Numbers read of each frozen tensor: enough to tell checkpoints apart, milliseconds for billions of parameters."""
@@ -101,3 +101,8 @@ def loss_kind(loss_fn: Callable[..., Any]) -> str:
         return kind
     named = loss_fn if hasattr(loss_fn, "__qualname__") else type(loss_fn)
     return f"{named.__module__}.{named.__qualname__}"
+
+
+def sums_tokens(loss_fn: Callable[..., Any]) -> bool:
+    """Whether a loss is a sum over the tokens that it counts: so, unless its ``sums_tokens`` says that it is a mean."""
+    return hasattr(loss_fn, "loss_tokens") and bool(getattr(loss_fn, "sums_tokens", True))

@@ -17,7 +17,7 @@ from gradsift.engine.capture.features import Features
 from gradsift.engine.checkpoints.snapshots import Snapshots
 from gradsift.engine.extraction.batches import Batch, as_batch, tokens_in
 from gradsift.engine.extraction.curvature_plan import CurvaturePlan, Draws
-from gradsift.engine.extraction.fingerprints import batch_hash
+from gradsift.engine.extraction.fingerprints import batch_hash, sums_tokens
 from gradsift.engine.extraction.progress import Progress, Update
 from gradsift.engine.store.block_writer import BlockWriter
 from gradsift.engine.store.half import to_half
@@ -61,8 +61,9 @@ def capture_parts(
 ) -> Captured:
     """Rows of a batch, with all parts that capture, loss and checkpoints keep apart.
 
-    Adam's update is of the gradient of an example's mean loss per token, where the loss counts tokens: moments come
-    from training on means, and unlike a gradient an update of the sum cannot be divided afterwards. Losses stay sums.
+    Adam's update is of the gradient of an example's mean loss per token, where the loss is a sum over tokens: moments
+    come from training on means, and unlike a gradient an update of the sum cannot be divided afterwards. Losses stay
+    sums.
 
     Args:
         together: rows of the loss per example, ``len(parts_of(loss_fn))``.
@@ -316,11 +317,11 @@ class _PerToken:
 
     @classmethod
     def of(cls, loss_fn: LossFunction, batch: Batch) -> LossFunction:
-        """The loss itself where it does not count tokens."""
-        count = getattr(loss_fn, "loss_tokens", None)
-        if count is None:
+        """The loss itself where it is no sum over tokens."""
+        if not sums_tokens(loss_fn):
             return loss_fn
-        return cls(loss_fn, torch.as_tensor(count(batch)).repeat_interleave(len(parts_of(loss_fn))))
+        tokens = torch.as_tensor(getattr(loss_fn, "loss_tokens")(batch))  # noqa: B009
+        return cls(loss_fn, tokens.repeat_interleave(len(parts_of(loss_fn))))
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
         losses = self._loss_fn(model, batch)

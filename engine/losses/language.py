@@ -140,11 +140,15 @@ language_model = LanguageModelLoss()
 """The loss to pass as ``loss_fn`` for any causal or encoder-decoder language model."""
 
 
-def counted_labels(batch: Mapping[str, Any]) -> Tensor:
-    """Which labels of a padded batch carry loss, at their own place: bool (n, T). Nothing predicts a first token."""
+def counted_labels(batch: Mapping[str, Any], model: nn.Module | None = None) -> Tensor:
+    """Which labels of a padded batch carry loss, at their own place: bool (n, T). Causal models predict no first token.
+
+    Args:
+        model: whether it is an encoder-decoder; guessed as by ``loss_tokens`` unless given.
+    """
     labels = _labels(batch)
     counted = labels != IGNORE
-    if not _aligned(batch, labels):
+    if not (_aligned(batch, labels) if model is None else _is_encoder_decoder(model)):
         counted[:, :1] = False
     return counted
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from gradsift.engine.losses.language import counted_labels
@@ -63,7 +63,7 @@ def _in_turn(chosen: Tensor | None, rejected: Tensor | None, name: str) -> Tenso
     return torch.stack(padded, dim=1).flatten(0, 1)
 
 
-def counted_in(batch: Mapping[str, Any]) -> Tensor:
-    """Which labels carry loss, at their own place: bool (n, 2, T)."""
-    counted = counted_labels(rows_of(batch))
+def counted_in(batch: Mapping[str, Any], model: nn.Module) -> Tensor:
+    """Which labels carry loss for a model, at their own place: bool (n, 2, T)."""
+    counted = counted_labels(rows_of(batch), model)
     return counted.view(-1, 2, counted.shape[1])

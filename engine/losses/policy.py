@@ -81,13 +81,13 @@ class PolicyGradient:
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         """Loss of each prompt, (n,)."""
-        rollouts = read_rollouts(batch)
+        rollouts = read_rollouts(batch, model)
         rows = self._tokens(model, batch, rollouts).sum(dim=1)
         return rows.new_zeros(len(rollouts.sizes)).index_add(0, rollouts.owners.to(rows.device), rows)
 
     def token_losses(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         """What each token adds to the loss, at its own place: (n, responses, T), 0 where there is none."""
-        rollouts = read_rollouts(batch)
+        rollouts = read_rollouts(batch, model)
         tokens = self._tokens(model, batch, rollouts)
         out = tokens.new_zeros(len(rollouts.sizes), int(rollouts.sizes.max()), tokens.shape[1])
         places = tuple(index.to(tokens.device) for index in (rollouts.owners, rollouts.places))
@@ -136,6 +136,11 @@ class PolicyGradient:
     def owners(self, batch: Mapping[str, Any]) -> Tensor:
         """Of each row that the model sees the number of its prompt, int64 (rows,)."""
         return read_rollouts(batch).owners
+
+    @property
+    def sums_tokens(self) -> bool:
+        """Whether the loss is a sum over the tokens that ``loss_tokens`` counts, to be divided by them for a mean."""
+        return self.aggregate == "token"
 
     @property
     def kind(self) -> str:

@@ -166,21 +166,17 @@ class DPO:
         losses = language_model.token_losses(model, rows_of(batch))
         return -losses.view(-1, 2, losses.shape[1])
 
-    def _counts(self, batch: Mapping[str, Any], like: Tensor) -> Tensor:
-        """Labels of each answer, (n, 2)."""
-        return language_model.loss_tokens(rows_of(batch)).view(-1, 2).to(like)
-
-    def _signs(self, batch: Mapping[str, Any], like: Tensor) -> Tensor:
+    def _signs(self, model: nn.Module, batch: Mapping[str, Any], like: Tensor) -> Tensor:
         """What a log-probability of each answer adds to h, (n, 2)."""
         signs = torch.tensor([1.0, -1.0]).to(like)
         if self.form == "ipo":
-            return signs / self._counts(batch, like).clamp_min(1.0)
+            return signs / counted_in(batch, model).sum(dim=2).to(like).clamp_min(1.0)
         return signs.expand(like.shape[0], 2)
 
     def _preference(self, model: nn.Module, batch: Mapping[str, Any], logps: Tensor) -> Tensor:
         """h, (n,)."""
         ratios = logps.sum(dim=2) - self._references(model, batch, logps)
-        return (self._signs(batch, logps) * ratios).sum(dim=1)
+        return (self._signs(model, batch, logps) * ratios).sum(dim=1)
 
     def _references(self, model: nn.Module, batch: Mapping[str, Any], logps: Tensor) -> Tensor:
         """Log-probability of each answer under the reference, (n, 2)."""
@@ -233,10 +229,10 @@ class _Shares:
         """(n, 2, T): of the chosen and the rejected answer, each token at its own place, 0 where there is none."""
         loss = self._loss
         logps = loss._logps(model, batch)
-        signed = loss._signs(batch, logps)[:, :, None] * logps
+        signed = loss._signs(model, batch, logps)[:, :, None] * logps
         held = batch.get(_HELD)
         slope, rest = self._held(model, batch, logps, signed) if held is None else held.to(logps).unbind(1)
-        counted = counted_in(batch).to(logps)
+        counted = counted_in(batch, model).to(logps)
         even = counted / counted.sum(dim=(1, 2), keepdim=True).clamp_min(1.0)
         return slope[:, None, None] * signed + rest[:, None, None] * even
 
@@ -244,7 +240,7 @@ class _Shares:
         """The batch with each pair's slope and constant at these weights: what moved weights must not change."""
         with torch.no_grad():
             logps = self._loss._logps(model, batch)
-            signed = self._loss._signs(batch, logps)[:, :, None] * logps
+            signed = self._loss._signs(model, batch, logps)[:, :, None] * logps
             return {**batch, _HELD: torch.stack(self._held(model, batch, logps, signed), dim=1)}
 
     def _held(self, model: nn.Module, batch: Mapping[str, Any], logps: Tensor, signed: Tensor) -> tuple[Tensor, Tensor]:

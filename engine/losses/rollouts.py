@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradsift.engine.losses.language import counted_labels
 from gradsift.kernels.errors import DataError, ShapeError
@@ -38,8 +38,11 @@ class Rollouts(NamedTuple):
     counted: Tensor
 
 
-def read_rollouts(batch: Mapping[str, Any]) -> Rollouts:
+def read_rollouts(batch: Mapping[str, Any], model: nn.Module | None = None) -> Rollouts:
     """The rollouts of a batch; see ``PolicyGradient``.
+
+    Args:
+        model: whose labels they are, as of ``counted_labels``.
 
     Raises:
         DataError: a column is missing, or a prompt has no response.
@@ -71,7 +74,7 @@ def read_rollouts(batch: Mapping[str, Any]) -> Rollouts:
     places = torch.empty_like(owners)
     places[order] = torch.arange(rows) - (sizes.cumsum(0) - sizes)[owners[order]]
     inputs = {name: value for name, value in batch.items() if name not in COLUMNS}
-    return Rollouts(inputs, owners, places, sizes, counted_labels(inputs).cpu())
+    return Rollouts(inputs, owners, places, sizes, counted_labels(inputs, model).cpu())
 
 
 def advantages_of(batch: Mapping[str, Any], rollouts: Rollouts, scale: bool) -> Tensor:

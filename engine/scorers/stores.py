@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from gradsift.engine.answers.scan import RowStore
 from gradsift.kernels.errors import StoreError
 
-__all__ = ["blocks_of", "empty_blocks", "inverse", "known_norms", "losses", "name"]
+__all__ = ["blocks_of", "empty_blocks", "inverse", "known_norms", "losses", "name", "summed_tokens"]
 
 _ROWS_AT_ONCE = 1 << 16
 
@@ -68,6 +69,13 @@ def losses(store: RowStore) -> np.ndarray | None:
         if found is not None:
             return np.asarray(found, dtype=np.float64).reshape(len(store), -1)
     return None
+
+
+def summed_tokens(store: Any) -> np.ndarray | None:
+    """Tokens that each loss is a sum over, float64 (n,); None where losses are no such sums and a row counts as one."""
+    summed = getattr(store, "metadata", {}).get("loss", {}).get("sums_tokens", True)
+    counted = getattr(store, "loss_tokens", None) if summed else None
+    return None if counted is None else np.asarray(counted, dtype=np.float64)
 
 
 def inverse(norms: np.ndarray) -> np.ndarray:

@@ -13,6 +13,7 @@ import numpy as np
 
 from gradsift.engine.answers.scan import RowStore
 from gradsift.engine.methods import Method
+from gradsift.engine.scorers.stores import summed_tokens
 from gradsift.engine.selectors.bandit import draw_clusters
 from gradsift.engine.selectors.clusters import clusters_of
 from gradsift.engine.selectors.influence import Influence
@@ -20,7 +21,7 @@ from gradsift.engine.selectors.labels import grouped, labelled
 from gradsift.engine.selectors.mixture import best_mixture
 from gradsift.engine.selectors.protocol import Choice, Targets, only_of, wanted
 from gradsift.engine.selectors.quotas import quotas
-from gradsift.engine.selectors.rows import allowed_rows
+from gradsift.engine.selectors.rows import allowed_rows, empty_rows
 from gradsift.kernels.errors import DataError, SpecError
 
 __all__ = ["Groups"]
@@ -111,12 +112,15 @@ class Groups:
                 f"there are {len(self.names)} groups, more than the {_MOST_MIXED} whose mixture is found in minutes: "
                 "give coarser labels, or rule='bandit'"
             )
-        counted = getattr(store, "loss_tokens", None)
-        self._tokens = np.ones(len(store)) if counted is None else np.asarray(counted, dtype=np.float64)
+        counted = summed_tokens(store)
+        # Rows without gradient are never drawn: their tokens have no part in what one of a group does, or in its share.
+        drawable = ~empty_rows(store)
+        self._tokens = np.where(drawable, 1.0 if counted is None else counted, 0.0)
         if self.rule == "mixture":
             total = np.zeros((len(self._scores.tasks), len(self.names)))
             for start, scores in self._scores.by_task():
-                np.add.at(total.T, self._index[start : start + len(scores)], scores)
+                inside = slice(start, start + len(scores))
+                np.add.at(total.T, self._index[inside], np.where(drawable[inside, None], scores, 0.0))
             self.influence = total / np.maximum(self._of_groups(self._tokens), 1)
 
     def choose(self, budget: int | None) -> Choice:
@@ -136,7 +140,7 @@ class Groups:
         members = grouped(self._allowed, self._index[self._allowed], len(self.names))
         sizes = np.array([len(rows) for rows in members])
         # Weights are shares of tokens: of a group of long rows fewer are drawn.
-        length = tokens / np.maximum(np.bincount(self._index, minlength=len(self.names)), 1)
+        length = tokens / np.maximum(sizes, 1)
         share = np.divide(weights, length, out=np.zeros_like(weights), where=length > 0)
         numbers = quotas(share, sizes, count)
         draw = np.random.default_rng(self.seed)
@@ -146,6 +150,10 @@ class Groups:
             word = f"group {self.names[group]!r}: {weights[group]:.1%} of tokens, {now[group]:.1%} now"
             reasons += [word] * int(numbers[group])
         chosen = np.concatenate(rows)
+        if len(chosen) < min(count, len(self._allowed)):
+            logger.warning(
+                "the budget is %d rows but the groups with a weight hold only %d: these are chosen", count, len(chosen)
+            )
         gain = self.influence.mean(axis=0)[self._index[chosen]]
         return Choice(chosen, gain, reasons, dict(zip(self.names, weights.tolist(), strict=True)))
 

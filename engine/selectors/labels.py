@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ def labelled(
         what: the option's name, for errors. of: what is labelled.
 
     Raises:
-        DataError: there are more or fewer labels than rows, or one is empty.
+        DataError: there are more or fewer labels than rows, or one is empty or a list.
     """
     if labels is None:
         return (None,), np.zeros(count, dtype=np.int64)
@@ -32,6 +32,8 @@ def labelled(
     if len(given) != count:
         raise DataError(f"{what} has {len(given)} labels for {count} {of}s: give one per {of}, in their order")
     for place, label in enumerate(given):
+        if not isinstance(label, Hashable):
+            raise DataError(f"{of} {place} has a {type(label).__name__} in {what}, expected text or a number")
         if label is None or label == "" or label != label:
             raise DataError(f"{of} {place} has no label in {what}, it is {label!r}: give every {of} one")
     names = tuple(dict.fromkeys(given))

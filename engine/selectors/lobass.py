@@ -12,6 +12,7 @@ import numpy as np
 
 from gradsift.engine.answers.scan import RowStore
 from gradsift.engine.methods import Method
+from gradsift.engine.scorers.stores import summed_tokens
 from gradsift.engine.selectors.protocol import Choice, Targets, wanted
 from gradsift.engine.selectors.rows import best_first, empty_rows
 from gradsift.kernels.errors import DataError, StoreError
@@ -87,7 +88,7 @@ class LoBaSS:
 
 
 def _per_token(store: Any) -> np.ndarray:
-    """Mean loss per token, float64 (n,); of the whole example where the loss counts no tokens."""
+    """Mean loss per token, float64 (n,); of the whole example where losses are no sums over tokens."""
     loss = np.asarray(store.loss, dtype=np.float64)
-    tokens = getattr(store, "loss_tokens", None)
-    return loss if tokens is None else loss / np.maximum(np.asarray(tokens), 1)
+    tokens = summed_tokens(store)
+    return loss if tokens is None else loss / np.maximum(tokens, 1)

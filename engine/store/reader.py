@@ -229,7 +229,7 @@ class FeatureStore:
 
     @cached_property
     def loss_tokens(self) -> np.ndarray | None:
-        """Tokens that each loss sums over, int64 of shape (n,); None when the loss does not count them."""
+        """Tokens of each example that carry loss, int64 of shape (n,); None when the loss does not count them."""
         return self._read("loss_tokens") if self.metadata["loss"]["tokens"] else None
 
     @cached_property
