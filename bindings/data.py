@@ -89,9 +89,11 @@ class Dataset:
         records = self.records
         rows: list[np.ndarray] = []
         lengths: list[np.ndarray] = []
+        # Where records may be left out, a later lookup of an id must not find one that was.
+        given: set[str | int] | None = set() if self._named_ids and (skip_bad or self._skip_silent) else None
         for start in range(0, len(records), _READ_AT_ONCE):
             part = range(start, min(start + _READ_AT_ONCE, len(records)))
-            kept = [(row, found) for row in part if (found := self._look(row, skip_bad)) is not None]
+            kept = [(row, found) for row in part if (found := self._look(row, skip_bad, given)) is not None]
             rows.append(np.array([row for row, _ in kept], dtype=np.int64))
             lengths.append(np.array([length for _, length in kept], dtype=np.int32))
             if progress is not None:
@@ -185,12 +187,16 @@ class Dataset:
         """
         return Batches(self, self._plan(block, batch_tokens, batch_size))
 
-    def _look(self, row: int, skip_bad: bool) -> int | None:
-        """Length of a usable record in tokens; None for one that is left out."""
+    def _look(self, row: int, skip_bad: bool, given: set[str | int] | None) -> int | None:
+        """Length of a usable record in tokens, whose id none before it had; None for one that is left out."""
         place = self.records.place(row)
         try:
             record = self.records[row]
-            self._id(record, row)
+            name = self._id(record, row)
+            if given is not None:
+                if name in given:
+                    raise DataError(f"column 'id': {name!r} was given to an earlier record: ids must differ")
+                given.add(name)
             found = self.encoder.encode([record])[0]
             if isinstance(found, DataError):
                 raise found

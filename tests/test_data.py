@@ -319,6 +319,20 @@ def test_find_steps_over_records_that_were_left_out(tmp_path: Path, tokenizer: A
     assert Dataset.open(str(path), tokenizer, check=False).find(["b", "a"]) == [2, 0]
 
 
+def test_an_id_that_comes_twice_is_never_that_of_a_record_that_was_left_out(tmp_path: Path, tokenizer: Any) -> None:
+    texts = [("a", ""), ("b", "the cat"), ("a", "sat on"), ("b", "mat"), ("c", "the mat")]
+    records = [{"id": name, "text": text} for name, text in texts]
+    path = Path(write_jsonl(tmp_path / "train.jsonl", records))
+    surveyed = Dataset.open(str(path), tokenizer, skip_bad=True)
+    assert [surveyed.id(i) for i in range(len(surveyed))] == ["b", "c"]
+    assert "train.jsonl line 3, column 'id': 'a' was given to an earlier record" in surveyed.survey.named[1]
+    later = Dataset.open(str(path), tokenizer, check=False)
+    assert [later.record(i)["text"] for i in later.find(["b", "c"])] == ["the cat", "the mat"]
+    path = Path(write_jsonl(tmp_path / "twice.jsonl", records[1:4:2]))
+    with pytest.raises(DataError, match=r"twice\.jsonl line 2, column 'id': 'b' was given to an earlier record"):
+        Dataset.open(str(path), tokenizer, skip_silent=True)
+
+
 @pytest.mark.parametrize("template", [CHAT, MARKED])
 def test_a_chat_is_shown_without_what_the_template_adds(tmp_path: Path, template: str) -> None:
     data = opened(tmp_path, [{"messages": CONVERSATION[1:3]}], make_tokenizer("{{ 'You are good.\n' }}" + template))

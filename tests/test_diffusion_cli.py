@@ -146,6 +146,21 @@ def test_select_writes_ids_and_captions(store: str, cli: Cli) -> None:
     assert all(line["text"] == pipelines.caption(int(line["id"][:3])) for line in lines)
 
 
+def test_select_takes_labels_from_any_column(store: str, cli: Cli) -> None:
+    metadata = Path("images/metadata.jsonl")
+    before = metadata.read_text(encoding="utf-8")
+    lines = [json.loads(line) for line in before.splitlines()]
+    styled = [{**line, "style": "ab"[i % 2]} for i, line in enumerate(lines)]
+    metadata.write_text("".join(json.dumps(line) + "\n" for line in styled), encoding="utf-8")
+    asked = ("select", store, "--targets", "generated", "--budget", "4", "--out", "mixed.jsonl")
+    done = cli(*asked, "--method", "groups", "--labels", "style", "--json")
+    metadata.write_text(before, encoding="utf-8")
+    assert done.code == 0, done.err
+    assert set(json.loads(done.out)["weights"]) == {"a", "b"}
+    chosen = [json.loads(line) for line in Path("mixed.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert all(line["style"] == "ab"[int(line["id"][:3]) % 2] for line in chosen)
+
+
 def test_files_and_folders_give_the_same_rows(store: str, cli: Cli) -> None:
     import datasets
 

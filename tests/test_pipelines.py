@@ -372,6 +372,22 @@ def test_class_labels_come_from_a_column(site: Path, tmp_path: Path) -> None:
         Dataset(open_images(tmp_path), Encoder(pipeline))
 
 
+def test_an_id_that_comes_twice_is_that_of_the_image_that_was_kept(site: Path, tmp_path: Path) -> None:
+    """Also for whoever looks it up without having checked the data; other columns stay with their image."""
+    (tmp_path / "torn.png").write_bytes(b"not an image")
+    for i in range(3):
+        pipelines.picture(i, 8).save(tmp_path / f"{i}.png")
+    named = [("a", "torn", 0), ("b", "0", 0), ("a", "1", 1), ("b", "2", 2)]
+    lines = [{"id": name, "image": f"{file}.png", "label": label, "style": f"s{label}"} for name, file, label in named]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    encoder = Encoder(load(str(site / "ddpm"), device="cpu"))
+    images = Dataset(open_images(data), encoder, skip_bad=True)
+    assert [images.record(i) for i in range(len(images))] == [{"id": "b", "label": 0, "style": "s0"}]
+    later = Dataset(open_images(data), encoder, check=False)
+    assert [later.record(i)["label"] for i in later.find(["b"])] == [0]
+
+
 def test_names_with_a_dot_become_mappings() -> None:
     one = np.ones(1)
     assert nested({"a": one, "b.c": one, "b.d": one}) == {"a": one, "b": {"c": one, "d": one}}

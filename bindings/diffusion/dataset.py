@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -100,10 +100,10 @@ class Dataset:
         return self.entry(index).id
 
     def record(self, index: int) -> dict[str, Any]:
-        """The image as a record: its id, and its caption or label."""
+        """The image as a record: its id, its caption or label, and the other columns of its record."""
         entry = self.entry(index)
         named = {"text": entry.text, "label": entry.label}
-        return {"id": entry.id, **{name: value for name, value in named.items() if value is not None}}
+        return {"id": entry.id, **{k: value for k, value in named.items() if value is not None}, **entry.columns}
 
     def picture(self, index: int) -> Picture:
         """The image as the model sees it."""
@@ -118,7 +118,7 @@ class Dataset:
         if not self._places:
             for index in range(len(self)):
                 try:
-                    self._places[self.id(index)] = index
+                    self._places.setdefault(self.id(index), index)  # later ones of the same id were left out
                 except DataError:
                     continue  # an entry that was left out
         missing = [name for name in map(str, ids) if name not in self._places]
@@ -152,14 +152,16 @@ class Dataset:
 
     def _check(self, skip_bad: bool, progress: Progress) -> None:
         rows: list[int] = []
-        seen: dict[str, int] = {}
+        places: dict[str, int] = {}
+        given: set[str] = set()
         prompts: dict[str, None] = {}
         for row in range(len(self.entries)):
             try:
                 entry = self._entry(row)
-                found = self._seen(entry)
-                if entry.id in seen:
+                if entry.id in given:  # also to one that was left out: whoever looks it up finds that one first
                     raise DataError(f"id '{entry.id}' was given to an earlier image: ids must differ")
+                given.add(entry.id)
+                found = self._seen(entry)
             except DataError as error:
                 place, text = self.entries.place(row), str(error)
                 sentence = text if place in text else f"{place}: {text}"
@@ -170,7 +172,7 @@ class Dataset:
                     self.survey.named.append(sentence)
             else:
                 self._found[row] = found
-                seen[entry.id] = len(rows)
+                places[entry.id] = len(rows)
                 rows.append(row)
                 if entry.text is not None:
                     prompts[entry.text] = None
@@ -180,7 +182,7 @@ class Dataset:
             progress(row + 1, len(self.entries), "checking images")
         if not rows:
             raise DataError(f"none of the {len(self.entries)} images is usable; the first: {self.survey.named[0]}")
-        self._rows, self._places = rows, seen
+        self._rows, self._places = rows, places
         self._encode(list(prompts), progress)
 
     def _encode(self, prompts: Sequence[str], progress: Progress) -> None:
@@ -212,7 +214,7 @@ class Dataset:
                     f"image '{entry.id}' has no caption, which the model reads: give it one in metadata.jsonl or in a "
                     ".txt file beside it, or one for all such images as --prompt"
                 )
-            entry = Entry(entry.id, entry.source, self._prompt, entry.label)
+            entry = replace(entry, text=self._prompt)
         if pipeline.classes is not None:
             if entry.label is None:
                 raise DataError(f"image '{entry.id}' has no label, which the model reads: add a column 'label'")

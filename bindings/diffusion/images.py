@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _CAPTIONS = ("text", "caption")
 """Columns that may hold a caption, the first that is there."""
 
+_READ = frozenset({"id", "file_name", "image", "label", *_CAPTIONS})
+"""Columns that are told apart from all others."""
+
 _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
@@ -35,12 +38,14 @@ class Entry:
         source: its file or its bytes.
         text: its caption; None where there is none.
         label: its class; None where there is none.
+        columns: whatever else its record holds.
     """
 
     id: str
     source: Path | bytes
     text: str | None = None
     label: int | None = None
+    columns: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Picture(NamedTuple):
@@ -122,7 +127,7 @@ class Folder:
             raise DataError(f"{place}: no 'file_name', so there is no image to attribute")
         if not file.is_file():
             raise DataError(f"{place}: image '{record['file_name']}' does not exist")
-        return Entry(name, file, _caption(record, place), _label(record, place))
+        return Entry(name, file, _caption(record, place), _label(record, place), _others(record))
 
     def place(self, row: int) -> str:
         """Its relative file name."""
@@ -159,7 +164,8 @@ class Table:
         else:
             got = "missing" if image is None else f"a {type(image).__name__}"
             raise DataError(f"{place}, column 'image': {got}, expected the path of an image or its bytes")
-        return Entry(str(row if name is None else name), source, _caption(record, place), _label(record, place))
+        called = str(row if name is None else name)
+        return Entry(called, source, _caption(record, place), _label(record, place), _others(record))
 
     def place(self, row: int) -> str:
         """As of the records."""
@@ -251,3 +257,7 @@ def _label(record: Record, place: str) -> int | None:
     except (TypeError, ValueError):
         raise DataError(f"{place}, column 'label': {label!r}, expected the number of a class") from None
     return int(label)
+
+
+def _others(record: Record) -> Record:
+    return {column: value for column, value in record.items() if column not in _READ}
