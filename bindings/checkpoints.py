@@ -10,6 +10,7 @@ from torch import nn
 from gradsift.engine.capture.maps import Modules, parameters_of
 from gradsift.engine.checkpoints.adam import adam_moments
 from gradsift.engine.checkpoints.checkpoint import Checkpoint
+from gradsift.engine.checkpoints.folder import trainer_folder
 from gradsift.engine.checkpoints.snapshots import Snapshots
 
 __all__ = ["adapter_among", "checkpoints_from", "put_last"]
@@ -29,7 +30,7 @@ def checkpoints_from(
         model, modules: only for moments.
         adam: the form of Adam whose updates rows are to be; None for plain gradients.
     """
-    short = [Path(folder).resolve().name for folder in folders]
+    short = [trainer_folder(Path(folder)).resolve().name for folder in folders]
     called = short if len(set(short)) == len(short) else list(folders)
     return [
         Checkpoint(

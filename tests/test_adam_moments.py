@@ -228,6 +228,43 @@ def test_learning_rates_of_folders(run: Run, tmp_path: Path) -> None:
     assert names([first, gs.Checkpoint({}, name="b"), gs.Checkpoint({})]) == ["checkpoint-3", "b", "2"]
 
 
+def test_an_adapter_in_a_folder_of_its_own_is_still_the_trainers(
+    run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """PEFT saves an adapter that is not called "default" in checkpoint-3/NAME; everything else lies beside it."""
+    nested = []
+    for folder in run.folders:
+        nested.append(tmp_path / folder.name / "poet")
+        shutil.copytree(folder, tmp_path / folder.name)
+        nested[-1].mkdir()
+        for file in (tmp_path / folder.name).glob("adapter_*"):
+            file.rename(nested[-1] / file.name)
+    checkpoints = [gs.Checkpoint(folder) for folder in nested]
+    assert learning_rates(checkpoints) == learning_rates([gs.Checkpoint(f) for f in run.folders])
+    assert names(checkpoints) == ["checkpoint-3", "checkpoint-6"]
+    check(gs.adam_moments(nested[1], lora()), own(run))
+    assert "learning rate" not in caplog.text
+    for folder in nested:
+        (folder.parent / "trainer_state.json").unlink()
+    named = [gs.Checkpoint(folder, name=str(i)) for i, folder in enumerate(nested)]
+    assert learning_rates(named) == [1.0, 1.0]
+    assert "no checkpoint says its learning rate, so all weigh 1" in caplog.text
+
+
+def test_weight_decay_beside_the_gradients_is_plain_adam() -> None:
+    model, batch = lora().train(), padded_batch(4)
+    model(**batch).loss.backward()
+    for made, options in ((torch.optim.AdamW, {"weight_decay": 0.1}), (torch.optim.Adam, {})):
+        optimizer = made(parameters_of(model).values(), **options)  # type: ignore[arg-type]
+        optimizer.step()
+        for source in (optimizer, optimizer.state_dict()):
+            assert len(gs.adam_moments(source, model).first) == 12
+        before = optimizer.state_dict()  # as torch 2.6 and older wrote it
+        for group in before["param_groups"]:
+            del group["decoupled_weight_decay"]
+        assert len(gs.adam_moments(before, model).first) == 12
+
+
 # Refusals ------------------------------------------------------------------------------------------------------------
 
 
@@ -245,6 +282,10 @@ def test_what_is_not_plain_adam_is_refused() -> None:
     for source, words in (
         (after(torch.optim.AdamW(captured.values(), amsgrad=True)), "is AMSGrad's"),
         (after(torch.optim.AdamW(captured.values(), maximize=True)), "is of an optimizer that maximizes"),
+        (after(torch.optim.NAdam(captured.values())), "is NAdam's or RAdam's"),
+        (after(torch.optim.RAdam(captured.values())).state_dict(), "is NAdam's or RAdam's"),
+        (after(torch.optim.Adam(captured.values(), weight_decay=0.1)), "has weight decay 0.1 mixed into the gradients"),
+        (after(torch.optim.Adam(captured.values(), weight_decay=0.1)).state_dict(), "mixed into the gradients"),
         (after(torch.optim.SGD(captured.values(), momentum=0.9)), "has momentum_buffer and not exp_avg"),
         (after(torch.optim.AdamW(list(captured.values())[1:])), "no moments for 1 of 12 captured parameters, such as"),
         (torch.optim.AdamW(captured.values()), "no moments for 12 of 12 .* after at least one step"),

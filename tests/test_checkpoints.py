@@ -17,6 +17,8 @@ from toy import SPEC, ToyLoss, toy_batches, toy_extract, toy_model, tree
 
 import gradsift as gs
 from gradsift.engine.capture.maps import parameters_of
+from gradsift.engine.checkpoints.folder import weights_in
+from gradsift.engine.checkpoints.spellings import matched
 
 RATES = (3e-4, 1e-4)
 
@@ -366,3 +368,13 @@ def test_weights_may_be_partial_when_they_hold_what_is_captured(
     whole = toy_extract(tmp_path / "b", model=at(run.weights[0]))
     np.testing.assert_array_equal(store.features[:], whole.features[:])
     assert store.parts[0]["learning_rate"] == 1.0 and store.features.shape == whole.features.shape
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_an_adapter_of_an_embedding_is_known_as_peft_saves_it(tmp_path: Path) -> None:
+    model = with_lora(llama(), target_modules=["q_proj", "embed_tokens"])
+    model.save_pretrained(tmp_path)
+    saved = weights_in(tmp_path)
+    assert any(name.endswith("lora_embedding_A") for name in saved)
+    for target, value in matched(model, saved, "the adapter"):
+        assert torch.equal(target, value)

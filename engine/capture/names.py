@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-__all__ = ["NamedModule", "all_parameters", "parameter_names", "unwrap_parallel", "walk"]
+__all__ = ["NamedModule", "all_parameters", "only_adapter", "parameter_names", "unwrap_parallel", "walk"]
 
 NamedModule = tuple[str, str, nn.Module]
 """Canonical name, name as ``named_modules`` gives it, module."""
@@ -53,9 +53,13 @@ def unwrap_parallel(model: nn.Module) -> nn.Module:
 
 def walk(model: nn.Module) -> Iterator[NamedModule]:
     """Every module once, with its canonical and its plain name; a shared module has the name of its first place."""
+    yield from _walk(model, "", "", set(), only_adapter(model))
+
+
+def only_adapter(model: nn.Module) -> str | None:
+    """The adapter that all LoRA layers apply, whose name canonical names leave out; None where there are several."""
     adapters = {name for module in model.modules() for name in active_adapters(module)}
-    dropped = adapters.pop() if len(adapters) == 1 else None
-    yield from _walk(model, "", "", set(), dropped)
+    return adapters.pop() if len(adapters) == 1 else None
 
 
 def _walk(module: nn.Module, name: str, plain: str, seen: set[int], adapter: str | None) -> Iterator[NamedModule]:

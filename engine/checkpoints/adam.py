@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gradsift.engine.capture.maps import Modules, parameters_of
-from gradsift.engine.checkpoints.folder import load_torch, weights_in
+from gradsift.engine.checkpoints.folder import load_torch, trainer_folder, weights_in
 from gradsift.engine.checkpoints.moments import AdamMoments
 from gradsift.engine.checkpoints.order import indices_of
 from gradsift.engine.checkpoints.spellings import spellings
@@ -33,7 +33,7 @@ def adam_moments(source: Any, model: nn.Module, modules: Modules = "lora", form:
 
     Args:
         source: one of
-            a ``torch.optim.AdamW`` or ``Adam`` that holds this model's parameters;
+            a ``torch.optim.AdamW``, or ``Adam`` without weight decay, that holds this model's parameters;
             its ``state_dict()``, or a file that ``torch.save`` wrote of it;
             a checkpoint folder of the Hugging Face Trainer (``optimizer.pt``);
             a .safetensors file of ``exp_avg.NAME`` and ``exp_avg_sq.NAME``, as ``AdamMoments.save`` writes it.
@@ -60,7 +60,10 @@ def adam_moments(source: Any, model: nn.Module, modules: Modules = "lora", form:
     elif isinstance(source, Mapping):
         found = _from_state(source, model, captured, [], "the optimizer's state_dict")
     elif hasattr(source, "param_groups") and hasattr(source, "state"):
-        pairs = [(p, group) for group in source.param_groups for p in group["params"]]
+        # Where the groups do not say how weight decay is applied, as in older versions of torch, the class does.
+        coupled = isinstance(source, torch.optim.Adam) and not isinstance(source, torch.optim.AdamW)
+        said = {"decoupled_weight_decay": False} if coupled else {}
+        pairs = [(p, {**said, **group}) for group in source.param_groups for p in group["params"]]
         found = {id(p): _Found(source.state[p], group) for p, group in pairs if source.state.get(p)}
     else:
         raise DataError(
@@ -72,10 +75,11 @@ def adam_moments(source: Any, model: nn.Module, modules: Modules = "lora", form:
 
 def _from_file(path: Path, model: nn.Module, captured: Mapping[str, nn.Parameter]) -> dict[int, _Found]:
     if path.is_dir():
-        state = load_torch(path / "optimizer.pt")
+        file = trainer_folder(path) / "optimizer.pt"
+        state = load_torch(file)
         known = spellings(model)
         saved = [known[name] for name in weights_in(path) if name in known]
-        return _from_state(state, model, captured, saved, f"'{path / 'optimizer.pt'}'")
+        return _from_state(state, model, captured, saved, f"'{file}'")
     return _from_state(load_torch(path), model, captured, [], f"'{path}'")
 
 
@@ -121,6 +125,10 @@ def _refuse_other(name: str, state: Mapping[str, Any], group: Mapping[str, Any],
         cause = f"has moments of shape {tuple(moments[0].shape)} for a parameter {shape}"  # type: ignore[union-attr]
     elif group.get("amsgrad") or "max_exp_avg_sq" in state:
         cause = "is AMSGrad's, which divides by the largest second moment"
+    elif "momentum_decay" in group or ("decoupled_weight_decay" in group and "amsgrad" not in group):
+        cause = "is NAdam's or RAdam's, which make another step of the moments"
+    elif group.get("decoupled_weight_decay") is False and group.get("weight_decay"):
+        cause = f"has weight decay {group['weight_decay']} mixed into the gradients, as Adam does and AdamW does not"
     elif group.get("maximize"):
         cause = "is of an optimizer that maximizes"
     elif "betas" not in group or "eps" not in group:
@@ -128,7 +136,9 @@ def _refuse_other(name: str, state: Mapping[str, Any], group: Mapping[str, Any],
     if cause is None and not all(bool(torch.isfinite(m).all()) for m in moments if m is not None):
         cause = "is not finite"
     if cause is not None:
-        raise DataError(f"the optimizer's state of {name} {cause}: expected that of torch.optim.AdamW or Adam")
+        raise DataError(
+            f"the optimizer's state of {name} {cause}: expected that of torch.optim.AdamW, or Adam without decay"
+        )
 
 
 def _check(captured: Mapping[str, nn.Parameter], found: Mapping[str, Any], where: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -9,11 +10,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from gradsift.engine.checkpoints.folder import rates, steps
+from gradsift.engine.checkpoints.folder import rates, steps, trainer_folder
 from gradsift.engine.checkpoints.moments import AdamMoments
 from gradsift.kernels.errors import DataError
 
 __all__ = ["Checkpoint", "learning_rates", "names"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -28,7 +31,7 @@ class Checkpoint:
         learning_rate: what this checkpoint's products weigh in sums over checkpoints. None takes it from a Trainer's
             folder: the mean of those logged since the checkpoint before it; where no checkpoint has one, all weigh 1.
         adam: moments (``adam_moments``), for rows of Adam's updates; None for plain gradients.
-        name: what the store calls it; unless given, the folder's name or its number.
+        name: what the store calls it; unless given, the name of the file or of the Trainer's folder, or its number.
     """
 
     weights: Mapping[str, Tensor] | str | PathLike[str]
@@ -60,7 +63,7 @@ def names(checkpoints: Sequence[Checkpoint]) -> list[str]:
     found: list[str] = []
     for number, checkpoint in enumerate(checkpoints):
         path = checkpoint.path
-        name = checkpoint.name or (path.resolve().name if path is not None else str(number))
+        name = checkpoint.name or (trainer_folder(path).resolve().name if path is not None else str(number))
         if name in found:
             raise DataError(f"two checkpoints are called {name!r}: give each its own Checkpoint(..., name=...)")
         found.append(name)
@@ -87,4 +90,6 @@ def learning_rates(checkpoints: Sequence[Checkpoint]) -> list[float]:
             f"checkpoint {names(checkpoints)[number]!r} has no learning rate and others have one: "
             "give Checkpoint(..., learning_rate=...) for it"
         )
+    if not known and sum(checkpoint.path is not None for checkpoint in checkpoints) > 1:
+        logger.warning("no checkpoint says its learning rate, so all weigh 1: give Checkpoint(..., learning_rate=...)")
     return known or [1.0] * len(found)

@@ -17,7 +17,7 @@ from torch import Tensor
 from gradsift.engine.extras import require
 from gradsift.kernels.errors import DataError
 
-__all__ = ["load_safetensors", "load_torch", "rates", "steps", "weights_in"]
+__all__ = ["load_safetensors", "load_torch", "rates", "steps", "trainer_folder", "weights_in"]
 
 _STATE = "trainer_state.json"
 
@@ -71,9 +71,16 @@ def load_torch(path: Path) -> Any:
         ) from None
 
 
+def trainer_folder(path: Path) -> Path:
+    """Where the Trainer's own files lie: an adapter that is not called "default" has a folder of its own among them."""
+    around = path.resolve().parent
+    inside = (path / "adapter_config.json").is_file() and not (path / _STATE).is_file() and (around / _STATE).is_file()
+    return around if inside else path
+
+
 def steps(path: Path) -> int | None:
     """How many optimizer steps stand behind a checkpoint of the Trainer; None for any other."""
-    state = path / _STATE
+    state = trainer_folder(path) / _STATE
     return int(_json(state).get("global_step", 0)) if state.is_file() else None
 
 
@@ -82,6 +89,7 @@ def rates(path: Path, since: int) -> float | None:
 
     Where it logged none, the scheduler's present one, which at the end of a linear decay is 0; None where neither says.
     """
+    path = trainer_folder(path)
     state = _json(path / _STATE) if (path / _STATE).is_file() else {}
     last = int(state.get("global_step", 0))
     logged = [

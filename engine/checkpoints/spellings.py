@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from gradsift.engine.capture.names import walk
+from gradsift.engine.capture.names import only_adapter, walk
 from gradsift.kernels.errors import DataError
 
 __all__ = ["matched", "spellings"]
@@ -18,12 +18,15 @@ _SAVED_BY_PEFT = "base_model.model."
 def spellings(model: nn.Module) -> dict[str, Tensor]:
     """Every parameter and buffer by each of its names: canonical, as PEFT saves it, and as the module itself says."""
     found: dict[str, Tensor] = {}
+    adapter = only_adapter(model)
     for name, _, module in walk(model):
         for key, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None:
                 canonical = f"{name}.{key}" if name else key
+                # An embedding's LoRA matrices lie in a ParameterDict by adapter, whose name PEFT does not save.
+                saved = name if isinstance(module, nn.ParameterDict) and key == adapter else canonical
                 found.setdefault(canonical, tensor)
-                found.setdefault(_SAVED_BY_PEFT + canonical, tensor)
+                found.setdefault(_SAVED_BY_PEFT + saved, tensor)
     for key, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)):
         found.setdefault(key, tensor)
     return found
