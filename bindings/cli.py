@@ -481,7 +481,7 @@ def query(
     if least:
         answers.append(asker.ask(k, largest=False))
     if as_json:
-        print(json.dumps(asker.to_json(answers)))
+        print(json.dumps(asker.to_json(answers), default=str))
     else:
         asker.print(Console(), answers, whole)
 

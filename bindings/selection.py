@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from gradsift.bindings.space import Examples, Space
-from gradsift.engine.answers.select import Selection, select, write_jsonl
+from gradsift.engine.answers.select import Selection, least_share, select, write_jsonl
 from gradsift.engine.scorers.registry import SCORERS
 from gradsift.engine.selectors.registry import SELECTORS, check_options
 from gradsift.engine.store.reader import FeatureStore
@@ -132,11 +132,11 @@ def parse_budget(text: str, examples: int) -> int:
         value *= examples
     if not 0 < value <= examples:
         raise DataError(f"budget is '{text}', expected such as 5%, 0.05 or a number up to {examples}")
-    if value < 1:
-        raise DataError(
-            f"a budget of {text} of {examples} examples is less than one: give at least {100 / examples:g}%"
-        )
-    return int(value + 1e-9)
+    count = int(value + 1e-9)
+    if count < 1:
+        least = 100 * least_share(examples)
+        raise DataError(f"a budget of {text} of {examples} examples is less than one: give at least {least:g}%")
+    return count
 
 
 def write_selection(space: Space, targets: Examples | None, choosing: Choosing, out: Path) -> Selection:
@@ -148,6 +148,7 @@ def write_selection(space: Space, targets: Examples | None, choosing: Choosing, 
     tasks = None
     if choosing.tasks is not None and targets is not None:
         tasks = [_value(targets, index, choosing.tasks, "target") for index in range(len(targets))]
+    options = choosing.options(space)  # before any gradient is taken: labels may be refused
     chosen = select(
         space.store,
         None if targets is None else space.capture(targets),
@@ -155,7 +156,7 @@ def write_selection(space: Space, targets: Examples | None, choosing: Choosing, 
         choosing.method,
         scorer=choosing.scorer,
         tasks=tasks,
-        **choosing.options(space),
+        **options,
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     write_jsonl(out, _lines(space, chosen))
@@ -220,4 +221,9 @@ def _value(examples: Examples, index: int, column: str, what: str) -> Any:
     value = examples.record(index).get(column)
     if value is None or value == "":
         raise DataError(f"{what} {examples.id(index)!r} has nothing in column {column!r}: give every one a label")
+    if not isinstance(value, Hashable):
+        raise DataError(
+            f"{what} {examples.id(index)!r} has a {type(value).__name__} in column {column!r}, expected text or a "
+            "number"
+        )
     return value

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
+from datetime import datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,8 @@ import torch
 from stores import MemoryStore, dense_order, features, random_rows
 
 import gradsift as gs
-from gradsift.engine.answers.select import write_jsonl
+from gradsift.bindings.selection import parse_budget
+from gradsift.engine.answers.select import least_share, write_jsonl
 from gradsift.engine.curvature.fisher import Fisher
 
 
@@ -85,6 +88,13 @@ def test_impossible_budgets_are_refused(budget: float, text: str) -> None:
         gs.select(MemoryStore(random_rows(50)), random_rows(1, seed=1), budget, scorer="dot")
 
 
+def test_shares_are_what_they_say_and_the_advice_is_followed() -> None:
+    assert len(gs.select(MemoryStore(random_rows(100)), random_rows(1, seed=1), 0.29, scorer="dot").rows) == 29
+    for total in (2, 3, 7, 30, 99, 100, 101, 12_345, 10**6 + 3):
+        assert 1 <= int(least_share(total) * total + 1e-9) <= 2
+        assert parse_budget(f"{100 * least_share(total):g}%", total) == int(least_share(total) * total + 1e-9)
+
+
 def test_targets_that_cancel_out_have_no_mean() -> None:
     target = random_rows(1, seed=1)
     with pytest.raises(gs.ShapeError, match="cancel out"):
@@ -101,6 +111,13 @@ def test_jsonl_is_whole_or_not_there(tmp_path: Path) -> None:
     records = [{"text": "süß\n", "score": 0.5}, {"text": "b", "score": -1.0}]
     assert write_jsonl(path, records) == 2
     assert [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] == records
+
+    when = datetime(2024, 5, 1)
+    odd = {"when": when, "price": Decimal("1.50"), "raw": b"x", "half\ud83d": "a pair\ude00"}
+    write_jsonl(path, [odd])
+    found = json.loads(path.read_text(encoding="utf-8"))
+    assert found == {**odd, "when": str(when), "price": "1.50", "raw": "b'x'"}
+    write_jsonl(path, records)
 
     def broken() -> Iterator[dict[str, int]]:
         yield {"a": 1}

@@ -33,6 +33,7 @@ def records(n: int, first: int = 0) -> list[dict[str, Any]]:
             "prompt": f"{WORDS[i % 10]} {i}",
             "completion": " " + " ".join(WORDS[(i * 7 + j) % 10] for j in range(2 + i % 4)),
             "domain": "even" if i % 2 == 0 else "odd",
+            "tags": [WORDS[i % 3]],
         }
         for i in range(first, first + n)
     ]
@@ -141,9 +142,10 @@ def test_bad_input_is_one_sentence(made: Site, cli: Cli, tmp_path: Path) -> None
     refused(cli(*asked, "--labels", "domain"), "--labels is of groups and vog but the method is top")
     refused(cli(*asked, "--method", "groups"), "method groups needs --labels")
     refused(cli(*asked, "--method", "groups", "--labels", "kind"), "training example 'r", "nothing in column 'kind'")
+    refused(cli(*asked, "--method", "groups", "--labels", "tags"), "training example 'r", "has a list in column 'tags'")
     refused(cli(*asked, "--method", "lobass"), "method lobass needs --reference")
     refused(cli(*asked, "--tasks", "domains"), "target 'r40' has nothing in column 'domains'")
-    refused(cli(*asked, "--budget", "1%"), "is less than one: give at least 3.33333%")
+    refused(cli(*asked, "--budget", "1%"), "is less than one: give at least 3.4%")
     refused(cli("select", made.store, "--out", out), "method top compares with targets: give --targets")
     refused(cli("select", made.store, "--method", "order", "--tasks", "task", "--out", out), "give both or neither")
     assert not Path(out).exists()

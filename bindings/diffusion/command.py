@@ -278,7 +278,7 @@ def _query(
     asker = Asker(space, questions, scorer, how, sample, damping, unseen)
     answers = [asker.ask(k, largest=largest) for largest in ((True, False) if least else (True,))]
     if as_json:
-        typer.echo(json.dumps(asker.to_json(answers)))
+        typer.echo(json.dumps(asker.to_json(answers), default=str))
     else:
         asker.print(Console(), answers)
     if out is not None:

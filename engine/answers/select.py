@@ -22,7 +22,7 @@ from gradsift.engine.selectors.rows import empty_rows
 from gradsift.engine.selectors.tasks import Tasks
 from gradsift.kernels.errors import DataError, ShapeError, StoreError
 
-__all__ = ["Selection", "select", "write_jsonl"]
+__all__ = ["Selection", "least_share", "select", "write_jsonl"]
 
 logger = logging.getLogger(__name__)
 
@@ -156,15 +156,16 @@ def write_jsonl(path: str | os.PathLike[str], records: Iterable[Mapping[str, Any
 
     Args:
         path: the file; its folder exists. An earlier file is replaced when the last line is written.
-        records: anything JSON can hold.
+        records: what JSON can hold; anything else, such as a date, is written as text.
     """
     target = Path(path)
     partial = target.with_name(f".{target.name}.partial")
     count = 0
     try:
-        with partial.open("w", encoding="utf-8") as file:
+        # Half a surrogate pair is no UTF-8, but escaped by Python it is what JSON would write of it.
+        with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
             for record in records:
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
                 count += 1
         partial.replace(target)
     finally:
@@ -172,14 +173,20 @@ def write_jsonl(path: str | os.PathLike[str], records: Iterable[Mapping[str, Any
     return count
 
 
+def least_share(total: int) -> float:
+    """The least share that is a row of so many, rounded up to two or three digits."""
+    scale = 10 ** (len(str(total)) + 1)
+    return -(-scale // total) / scale
+
+
 def _rows(budget: float | int, total: int) -> int:
     """A budget as a number of rows."""
     whole = isinstance(budget, int) and not isinstance(budget, bool)
-    count = int(budget) if whole else int(budget * total)
+    count = int(budget) if whole else int(budget * total + 1e-9)  # .29 of 100 is 29, whatever floats make of it
     if not whole and not 0 < budget < 1:
         raise DataError(f"budget is {budget}, expected a share between 0 and 1 or a whole number of rows")
     if count < 1:
-        raise DataError(f"a budget of {budget} of {total} rows is no row at all: give at least {1 / max(total, 1):g}")
+        raise DataError(f"a budget of {budget} of {total} rows is no row at all: give at least {least_share(total):g}")
     if count > total:
         raise DataError(f"the budget is {count} rows but the store holds {total}: give at most that")
     return count
