@@ -102,7 +102,9 @@ def test_a_stopped_query_goes_on_and_its_states_go_when_it_is_done(
         assert all(torch.equal(found[name], whole[name]) for name in whole)
 
 
-def test_unseen_examples_are_compared_per_token(space: Workspace, tmp_path: Path) -> None:
+def test_unseen_examples_are_compared_per_token(
+    space: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Texts twice as long lose twice as much without being harder: the damping must not change for it."""
     sample = curvature_of(space)
     losses = torch.tensor(space.store.loss).double() * 1.2
@@ -110,6 +112,9 @@ def test_unseen_examples_are_compared_per_token(space: Workspace, tmp_path: Path
     found = sample.choose_k(space.store, losses, tokens)
     assert sample.choose_k(space.store, 2 * losses, 2 * tokens).k == pytest.approx(found.k)
     assert found.observed == pytest.approx(0.2 * float(space.store.loss.mean()), rel=1e-4)
+    with monkeypatch.context() as means:
+        means.setitem(space.store.metadata["loss"], "sums_tokens", False)
+        assert sample.choose_k(space.store, losses, 2 * tokens).observed == pytest.approx(found.observed)
     unseen = space.questions(write_jsonl(tmp_path / "unseen.jsonl", [{"text": f"on the mat {i}"} for i in range(9)]))
     by_file = choose_damping(sample, space, unseen)
     assert sample.k == by_file.k

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -189,6 +190,24 @@ def test_factors_are_kept_and_refused_for_another_adapter(tmp_path: Path) -> Non
     (path / "factors.npz").write_bytes(b"PK")
     with pytest.raises(gs.StoreError, match="are damaged"):
         Curvature(model, [batch], language_model, first.rows, path=path).correct(v, "ekfac", k=1.0)
+
+
+def test_factors_of_other_data_are_refused(tmp_path: Path) -> None:
+    batch, path = padded_batch(4), tmp_path / "factors"
+    model = with_lora(llama(initializer_range=0.1))
+    Curvature(model, [batch], language_model, path=path).fit()
+    other = {key: t.flip(0) for key, t in batch.items()}
+    with pytest.raises(gs.StoreError, match="another sample"):
+        Curvature(model, [other], language_model, path=path).fit()
+
+
+def test_what_a_killed_process_left_does_not_stop_the_next_of_its_number(tmp_path: Path) -> None:
+    left = tmp_path / f"factors.{os.getpid()}.tmp"
+    left.mkdir()
+    (left / "factors.npz").write_bytes(b"PK")
+    batch, path = padded_batch(4), tmp_path / "factors"
+    Curvature(with_lora(llama(initializer_range=0.1)), [batch], language_model, path=path).fit()
+    assert [p.name for p in tmp_path.iterdir()] == ["factors"]
 
 
 def test_no_example_is_refused() -> None:

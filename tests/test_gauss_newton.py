@@ -16,7 +16,7 @@ from gradsift.engine.answers.gradient import state_names
 from gradsift.engine.capture.maps import parameters_of
 from gradsift.engine.curvature.curvature import Curvature
 from gradsift.engine.curvature.products import Products
-from gradsift.engine.losses import Diffusion, NoiseSchedule, language_model
+from gradsift.engine.losses import Diffusion, NoiseSchedule, classification, language_model
 
 DRAWS = 3000
 
@@ -117,3 +117,17 @@ def test_of_a_squared_error(weighting: Any) -> None:
     j = torch.stack(grads).double()
     expected = j.T @ (hessian @ (j @ u))
     assert (products.gauss_newton(u) - expected).norm() <= 1e-4 * expected.norm()
+
+
+@pytest.mark.parametrize("factor", [1e-9, 1e9])
+def test_products_in_float16_go_with_the_length_of_the_vector(factor: float) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3, bias=False)).half()
+    batch = {"input": torch.randn(6, 4).half(), "labels": torch.arange(6) % 3}
+    products = Products(model, [batch], classification, "*")
+    u, c = torch.randn(products.flat.size).double(), torch.randn(6).double()
+    for product, vector in ((products.gauss_newton, u), (products.combine, c), (products.times, u)):
+        expected = product(vector)
+        assert expected.any()
+        assert (product(factor * vector) / factor - expected).abs().max() <= 4e-3 * expected.abs().max()
+    assert not products.gauss_newton(0 * u).any()

@@ -7,6 +7,7 @@ drawn as prediction plus or minus 1 have gradients ``-+x_i``, whose second momen
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,40 @@ def test_evidence_finds_the_ridge_of_the_model(ridge: Ridge) -> None:
     assert found.k == curvature.k
     assert found.k == pytest.approx(ridge.k, rel=0.1)
     assert curvature.choose_k(ridge.store, seen + rises[1]).k == pytest.approx(0.3 * ridge.k, rel=0.1)
+
+
+def test_another_model_than_the_store_s_is_refused(ridge: Ridge) -> None:
+    moved = copy.deepcopy(ridge.model)
+    with torch.no_grad():
+        moved[0].weight.mul_(2)
+    longer = nn.Sequential(*copy.deepcopy(ridge.model), nn.Identity())
+    wider = nn.Sequential(nn.Linear(D + 1, 1, bias=False))
+    for model, text in (
+        (moved, "the adapter is not the one that"),
+        (longer, "the model is not the one that"),
+        (wider, r"of other parameters than .*row 0 is 0\.weight \(1, 7\) x 1, expected 0\.weight \(1, 6\)"),
+    ):
+        with pytest.raises(gs.SpecError, match=text):
+            Curvature.of(ridge.store, model, Half(), ridge.fetch, modules="*")
+
+
+def test_a_damping_is_chosen_by_a_store_of_the_sample_s_own_kind_only(ridge: Ridge) -> None:
+    losses, batches = torch.ones(3), [ridge.fetch(range(N))]
+    short = Curvature(ridge.model, batches, Half(), torch.ones(N, 64), modules="*")
+    with pytest.raises(gs.SpecError, match=r"curvature rows have dim 64 but .*rows=store\.curvature"):
+        short.choose_k(ridge.store, losses)
+    with pytest.raises(gs.SpecError, match=r'curvature rows were drawn by .*"dim":4096.* but'):
+        Curvature(ridge.model, batches, Half(), modules="*").choose_k(ridge.store, losses)
+    several, adam = copy.copy(ridge.store), copy.copy(ridge.store)
+    several.parts = tuple({"checkpoint": name} for name in ("a", "b"))
+    adam.metadata = {**ridge.store.metadata, "preconditioner": {"kind": "adam"}}
+    with pytest.raises(gs.StoreError, match="rows of 2 checkpoints"):
+        ridge.curvature.choose_k(several, losses)
+    with pytest.raises(gs.SpecError, match="holds gradients after Adam"):
+        ridge.curvature.choose_k(adam, losses)
+    other = Curvature(nn.Sequential(nn.Linear(5, 1)), batches, Half(), ridge.store.curvature, modules="*")
+    with pytest.raises(gs.SpecError, match="of other parameters"):
+        other.choose_k(ridge.store, losses)
 
 
 def test_evidence_outside_of_the_sweep_is_said(ridge: Ridge, caplog: pytest.LogCaptureFixture) -> None:

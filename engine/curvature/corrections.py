@@ -24,8 +24,11 @@ __all__ = [
 
 
 class Passes(NamedTuple):
-    """Passes over the sample: directional derivatives, weighted backwards, Gauss-Newton products, of EK-FAC's fit."""
+    """Passes over the sample: forward ones that count examples, directional derivatives, weighted backwards,
+    Gauss-Newton products, and those of EK-FAC's fit.
+    """
 
+    counted: int = 0
     along: int = 0
     back: int = 0
     curved: int = 0
@@ -45,8 +48,8 @@ class Sample(Protocol):
         """Products with the sample's gradients."""
         ...
 
-    def checked(self, b: Tensor) -> Tensor:
-        """One number per sketched row, or an error."""
+    def expect(self, examples: int) -> None:
+        """Refuse batches of another number of examples than there are sketched rows."""
         ...
 
     def sketched(self, damping: float) -> Fisher:
@@ -135,9 +138,14 @@ class FisherCorrection:
             image = products.times(combined) / n if bool(combined.any()) else torch.zeros_like(c)
             return image + damping * c, combined
 
+        def right() -> Tensor:
+            b = products.times(v)
+            sample.expect(len(b))
+            return b
+
         solution = conjugate_gradients(
             product,
-            lambda: sample.checked(products.times(v)),
+            right,
             sample.sketched(damping).solve_dual,
             steps=steps,
             checkpoint=checkpoint,
@@ -187,8 +195,8 @@ class GaussNewtonCorrection:
     steps: ClassVar = 6
 
     def passes(self, fitted: bool, steps: int) -> Passes:
-        """A product per step, and the preconditioner's fit, once."""
-        return Passes(curved=steps, fitted=0 if fitted else 2)
+        """One to count the examples, a product per step, and the preconditioner's fit, once."""
+        return Passes(counted=1, curved=steps, fitted=0 if fitted else 2)
 
     def solve(
         self, sample: Sample, v: Tensor, damping: float, steps: int, checkpoint: Checkpoint | None
@@ -200,9 +208,13 @@ class GaussNewtonCorrection:
         def product(u: Tensor) -> tuple[Tensor, Tensor]:
             return products.gauss_newton(u) / n + damping * u, u
 
+        def right() -> Tensor:
+            sample.expect(products.count())
+            return v
+
         solution = conjugate_gradients(
             product,
-            lambda: v,
+            right,
             lambda r: sample.by_factors(r, damping),
             steps=steps,
             checkpoint=checkpoint,

@@ -28,9 +28,17 @@ from gradsift.engine.curvature.corrections import Passes
 from gradsift.engine.curvature.ekfac import EkFac, fit
 from gradsift.engine.curvature.evidence import Evidence, choose
 from gradsift.engine.curvature.fisher import Fisher
+from gradsift.engine.curvature.matching import (
+    at_one_checkpoint,
+    of_plain_gradients,
+    same_parameters,
+    same_sketch,
+    same_weights,
+)
 from gradsift.engine.curvature.products import Counted, Products
 from gradsift.engine.curvature.registry import CORRECTIONS
 from gradsift.engine.extraction.fingerprints import adapter_fingerprint, loss_kind, model_fingerprint
+from gradsift.engine.scorers.stores import summed_tokens
 from gradsift.engine.store.ids import seed_of
 from gradsift.engine.store.reader import FeatureStore
 from gradsift.kernels.errors import ShapeError, SpecError, StoreError
@@ -71,6 +79,7 @@ class Curvature:
         examples: examples in the store, where known: see ``Fisher``.
         path: folder where EK-FAC factors are kept, such as ``"train.zarr.ekfac"``; in memory only unless given.
         derivatives: how directional derivatives are taken, as the ``method`` of ``Rescorer``.
+        allow_idle, batch_axis: see ``Capture``.
 
     One sample serves any number of queries: ``correct`` them one by one.
 
@@ -89,11 +98,15 @@ class Curvature:
         examples: int | None = None,
         path: str | os.PathLike[str] | None = None,
         derivatives: Method = "auto",
+        allow_idle: Sequence[str] = (),
+        batch_axis: int = 0,
     ) -> None:
         self.model, self.loss_fn, self.modules, self.examples = model, loss_fn, modules, examples
         self.batches = batches
         self.k = 1.0
         self._given, self._path, self._derivatives = rows, path, derivatives
+        self._allow_idle, self._batch_axis = allow_idle, batch_axis
+        self._spec = SketchSpec() if rows is None else None
         self._factors: EkFac | None = None
         self._fisher: Fisher | None = None
         self._advance: Callable[[], None] | None = None
@@ -110,6 +123,8 @@ class Curvature:
         batch: int = 8,
         modules: Modules = "lora",
         path: str | os.PathLike[str] | None = None,
+        allow_idle: Sequence[str] = (),
+        batch_axis: int = 0,
     ) -> Self:
         """The curvature sample of a store, its labels drawn once more from the same seeds.
 
@@ -119,21 +134,32 @@ class Curvature:
             rows: how many rows to use at most, spread evenly over the sample; all unless given.
             batch: examples in a batch.
             path: where EK-FAC factors are kept; beside the store, with ``.ekfac`` behind its name, unless given.
+            modules, allow_idle, batch_axis: as of ``extract``.
 
         Raises:
             StoreError: the store holds no curvature sample, or one of several checkpoints.
+            SpecError: the model, its adapter or its modules are not those that the store was extracted with.
         """
         sample = store.curvature
         if sample is None:
             raise StoreError(f"'{store.path}' holds no curvature sample: extract with curvature=2000")
-        checkpoints = {part.get("checkpoint") for part in store.parts}
-        if len(checkpoints) > 1:
-            raise StoreError(
-                f"'{store.path}' holds rows of {len(checkpoints)} checkpoints, whose gradients are no parts of one: "
-                "make a Curvature at one of them, with rows=None"
-            )
+        at_one_checkpoint(store)
+        same_parameters(store, model, modules)
         draws = store.curvature_draws
         chosen = np.linspace(0, len(sample) - 1, min(rows or len(sample), len(sample))).round().astype(int).tolist()
+        made = cls(
+            model,
+            (),
+            loss_fn,
+            sample[chosen],
+            modules=modules,
+            examples=len(store),
+            path=f"{store.path}.ekfac" if path is None else path,
+            allow_idle=allow_idle,
+            batch_axis=batch_axis,
+        )
+        made._spec, made._sample = store.spec, _digest(sample)
+        same_weights(store, made._belongs)
 
         def drawn(some: Sequence[int]) -> Mapping[str, Any]:
             picked = [draws[row] for row in some]
@@ -142,21 +168,23 @@ class Curvature:
             return found
 
         with evaluating(model):
-            batches = [drawn(chosen[start : start + batch]) for start in range(0, len(chosen), batch)]
-        beside = f"{store.path}.ekfac" if path is None else path
-        return cls(model, batches, loss_fn, sample[chosen], modules=modules, examples=len(store), path=beside)
+            made.batches = [drawn(chosen[start : start + batch]) for start in range(0, len(chosen), batch)]
+        return made
 
     def __len__(self) -> int:
         return len(self.rows)
 
     @cached_property
     def rows(self) -> Tensor:
-        """Sketched rows of the sample."""
+        """Sketched rows of the sample, on the CPU."""
         if self._given is not None:
-            return self._given
-        capture = Capture(self.model, SketchSpec(), self.modules)
+            return self._given.detach().cpu()
+        capture = Capture(self.model, SketchSpec(), self.modules, allow_idle=self._allow_idle)
         with evaluating(self.model):
-            found = [capture(batch, self.loss_fn, batch.get("segments")).values.cpu() for batch in self.batches]
+            found = [
+                capture(batch, self.loss_fn, batch.get("segments"), self._batch_axis).values.cpu()
+                for batch in self.batches
+            ]
         if not found:
             raise ShapeError("the curvature sample holds no example: give batches with drawn labels")
         return torch.cat(found)
@@ -172,9 +200,17 @@ class Curvature:
 
         Returns:
             k with what was observed and predicted; see ``evidence``.
+
+        Raises:
+            StoreError: the store holds rows of several checkpoints.
+            SpecError: it holds gradients after Adam, of other parameters or of another sketch than the sample's rows.
         """
+        at_one_checkpoint(store)
+        of_plain_gradients(store)
+        same_parameters(store, self.model, self.modules)
+        same_sketch(store, self.rows, self._spec)
         seen, unseen = float(store.loss.mean()), float(losses.double().mean())
-        known = store.loss_tokens
+        known = summed_tokens(store)
         if tokens is not None and known is not None and int(tokens.sum()):
             unseen = float(losses.double().sum()) / int(tokens.sum()) * float(known.mean())
         stride = max(1, len(store) // _WEIGHED)
@@ -219,7 +255,8 @@ class Curvature:
         Those on disk that were fitted to fewer examples than this sample has are fitted again.
 
         Raises:
-            StoreError: those on disk belong to another model, adapter or loss.
+            StoreError: those on disk belong to another model, adapter, loss or sample.
+            ShapeError: the batches hold another number of examples than there are rows.
         """
         if self._factors is None and self._path is not None:
             self._factors = kept.load(self._path, self._belongs)
@@ -228,9 +265,18 @@ class Curvature:
                 self._factors = None
         if self._factors is None:
             logger.info("fitting EK-FAC factors: two passes over %d examples", len(self))
-            self._factors = fit(self.model, self._counted(), self.loss_fn, self.modules)
+            fitted = fit(
+                self.model,
+                self._counted(),
+                self.loss_fn,
+                self.modules,
+                allow_idle=self._allow_idle,
+                batch_axis=self._batch_axis,
+            )
+            self.expect(fitted.examples)
             if self._path is not None:
-                kept.save(self._factors, self._path, self._belongs)
+                kept.save(fitted, self._path, self._belongs)
+            self._factors = fitted
         return self._factors
 
     def cost(self, method: str, steps: int | None = None, queries: int = 1) -> Cost:
@@ -240,6 +286,7 @@ class Curvature:
         products = Products(self.model, first, self.loss_fn, self.modules, self._derivatives)
         u = torch.full((products.flat.size,), products.flat.size**-0.5, dtype=torch.float64)
         kinds: dict[str, Callable[[], Any]] = {
+            "counted": products.count,
             "along": lambda: products.times(u),
             "back": lambda: products.combine(torch.ones(1 << 16, dtype=torch.float64)),
             "curved": lambda: products.gauss_newton(u),
@@ -256,19 +303,18 @@ class Curvature:
         correction = _correction(method)()
         fitted = self._factors is not None or (self._path is not None and Path(self._path).exists())
         each = correction.passes(fitted, correction.steps if steps is None else steps)
-        return Passes(queries * each.along, queries * each.back, queries * each.curved, each.fitted)
+        return Passes(*(queries * n for n in each[:-1]), each.fitted)
 
     def products(self) -> Products:
         """Products with the sample's gradients and its Gauss-Newton matrix."""
         return Products(self.model, self._counted(), self.loss_fn, self.modules, self._derivatives)
 
-    def checked(self, b: Tensor) -> Tensor:
-        """One number per row, or an error."""
-        if len(b) != len(self):
+    def expect(self, examples: int) -> None:
+        """Refuse batches of another number of examples than there are rows."""
+        if examples != len(self):
             raise ShapeError(
-                f"the batches hold {len(b)} examples but there are {len(self)} sketched rows: give the same sample"
+                f"the batches hold {examples} examples but there are {len(self)} sketched rows: give the same sample"
             )
-        return b
 
     def fisher(self, k: float) -> Fisher:
         """The Fisher of the sketched rows, which also says what lambda is."""
@@ -290,20 +336,30 @@ class Curvature:
         return Counted(self.batches, self._advance)
 
     @cached_property
+    def _sample(self) -> str:
+        """What data the factors are fitted to; ``of`` sets that of a whole store's, of which it may take a part."""
+        return _digest(self.rows)
+
+    @cached_property
     def _belongs(self) -> dict[str, str]:
         captured = self.products().parameters
         return {
             "adapter": adapter_fingerprint(captured),
             "model": model_fingerprint(self.model, list(captured.values())),
             "loss": loss_kind(self.loss_fn),
+            "sample": self._sample,
         }
 
     def _key(self, method: str, flat: Tensor, damping: float) -> str:
         digest = hashlib.blake2b(digest_size=16)
         digest.update(repr((method, damping, len(self), *self._belongs.items())).encode())
         digest.update(flat.numpy().tobytes())
-        digest.update(self.rows.contiguous().numpy().tobytes())
+        digest.update(_digest(self.rows).encode())
         return digest.hexdigest()
+
+
+def _digest(rows: Tensor) -> str:
+    return hashlib.blake2b(rows.contiguous().numpy().tobytes(), digest_size=16).hexdigest()
 
 
 def _correction(method: str) -> Any:

@@ -60,6 +60,9 @@ def fit(
     modules: Modules = "lora",
     rank: int = RANK,
     eigenvalues: Iterable[Mapping[str, Any]] | None = None,
+    *,
+    allow_idle: Sequence[str] = (),
+    batch_axis: int = 0,
 ) -> EkFac:
     """Fit the factors: one pass for the covariances of x and g, one for the eigenvalues.
 
@@ -73,6 +76,7 @@ def fit(
         loss_fn: ``loss_fn(model, batch) -> (n,)``, summed over its parts.
         rank: axes kept of a side that is wider than four times this; see ``Side``.
         eigenvalues: batches of the second pass, where these should be others.
+        allow_idle, batch_axis: see ``Capture``.
 
     Raises:
         ShapeError: the batches hold no example.
@@ -80,11 +84,12 @@ def fit(
 
     Source: Martens & Grosse 2015; George et al. 2018 (arXiv 1806.03884).
     """
-    capture = Capture(model, SketchSpec(), modules)
+    capture = Capture(model, SketchSpec(), modules, allow_idle=allow_idle)
     covariances = _Covariances(capture, rank)
-    _pass(capture, batches, loss_fn, lambda _: covariances.receive)
+    _pass(capture, batches, loss_fn, lambda _: covariances.receive, batch_axis)
     rotated = {name: Eigenvalues(left.axes(), right.axes()) for name, (left, right) in covariances.sides.items()}
-    count = _pass(capture, batches if eigenvalues is None else eigenvalues, loss_fn, _Rotated(capture, rotated))
+    second = batches if eigenvalues is None else eigenvalues
+    count = _pass(capture, second, loss_fn, _Rotated(capture, rotated), batch_axis)
     return EkFac({name: values.factor(count) for name, values in rotated.items()}, count)
 
 
@@ -93,12 +98,13 @@ def _pass(
     batches: Iterable[Mapping[str, Any]],
     loss_fn: LossFunction,
     receive: Callable[[Layout], Receiver],
+    batch_axis: int,
 ) -> int:
     """One pass over the batches; the number of examples."""
     count = 0
     with evaluating(capture.model):
         for batch in batches:
-            count += len(capture.factors(batch, loss_fn, receive, batch.get("segments")))
+            count += len(capture.factors(batch, loss_fn, receive, batch.get("segments"), batch_axis))
     if not count:
         raise ShapeError("there is no example to fit a curvature to: give the curvature sample's batches")
     return count

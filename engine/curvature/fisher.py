@@ -23,7 +23,7 @@ class Fisher:
 
     Args:
         rows: R, shape (N, dim); or (N, parts, dim), whose parts are summed: the Fisher of the loss's sum. Read once
-            here in float64, kept in float32.
+            here in float64, kept in float32, on the CPU.
         damping: k of the law above. 1 is right for the true Fisher, and results are flat from .1 to 10.
         examples: examples in the store, where known.
 
@@ -43,6 +43,7 @@ class Fisher:
             )
         if not damping > 0:
             raise ShapeError(f"damping is {damping}, expected a positive multiple of the mean squared norm such as 1")
+        rows = rows.detach().cpu()
         self.rows = rows = rows if rows.ndim == 2 else rows.sum(dim=1)
         count = len(rows) if examples is None else min(len(rows), examples)
         trace = float(torch.linalg.vector_norm(rows, dtype=torch.float64) ** 2) / len(rows)
@@ -77,9 +78,9 @@ class Fisher:
             queries: shape (q, dim).
 
         Returns:
-            float64, shape (q, dim).
+            float64, shape (q, dim), on the CPU.
         """
-        q = queries.to(torch.float64)
+        q = queries.detach().to("cpu", torch.float64)
         if not self._dual:
             return len(self.rows) * torch.cholesky_solve(q.T, self._factor).T
         rows = self.rows.to(torch.float64)

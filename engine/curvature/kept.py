@@ -19,7 +19,7 @@ from gradsift.kernels.errors import StoreError
 
 __all__ = ["load", "save"]
 
-_VERSION = 1
+_VERSION = 2
 _PARTS = tuple(field.name for field in fields(KroneckerFactor))
 
 
@@ -33,6 +33,7 @@ def save(fitted: EkFac, path: str | os.PathLike[str], belongs: Mapping[str, str]
     root = Path(path)
     root.parent.mkdir(parents=True, exist_ok=True)
     fresh = root.with_name(f"{root.name}.{os.getpid()}.tmp")
+    shutil.rmtree(fresh, ignore_errors=True)  # left by a process of this number that was killed while it wrote
     fresh.mkdir()
     names = list(fitted.factors)
     arrays = {
@@ -52,7 +53,7 @@ def load(path: str | os.PathLike[str], belongs: Mapping[str, str]) -> EkFac | No
     """The factors in a folder; None when there is no such folder.
 
     Raises:
-        StoreError: they are damaged, or belong to another model, adapter or loss.
+        StoreError: they are damaged, or belong to another model, adapter, loss or sample.
     """
     root = Path(path)
     if not root.exists():

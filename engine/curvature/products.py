@@ -61,6 +61,11 @@ class Products:
         self.parameters = parameters_of(model, modules)
         self.flat = Flat({name: tuple(p.shape) for name, p in self.parameters.items()})
 
+    def count(self) -> int:
+        """N, by a forward pass: packed batches do not show it."""
+        with evaluating(self.model), torch.no_grad():
+            return sum(len(self.loss_fn(self.model, batch)) for batch in self.batches)
+
     def times(self, u: Tensor) -> Tensor:
         """``R u``, float64 (N,): one directional derivative of each example's loss."""
 
@@ -76,6 +81,9 @@ class Products:
     def combine(self, c: Tensor) -> Tensor:
         """``R' c``, float64 (P,), for c (N,): a backward pass of losses weighted with c."""
         total = torch.zeros(self.flat.size, dtype=torch.float64)
+        # Weights of at most 1, so that no c is too large or too small for a model in half precision.
+        largest = float(c.abs().max()) or 1.0
+        weights = c / largest
         start = 0
         for batch in self.batches:
             taken = 0
@@ -84,11 +92,11 @@ class Products:
                 nonlocal taken
                 loss = self.loss_fn(model, batch)
                 taken = len(loss)
-                return loss * c[start : start + taken].to(loss)
+                return loss * weights[start : start + taken].to(loss)
 
             total += self._backward(batch, weighted)
             start += taken
-        return total
+        return largest * total
 
     def gauss_newton(self, u: Tensor) -> Tensor:
         """``sum_i J_i' H_i J_i u``, float64 (P,): J the outputs' derivative, H the loss's second one at the outputs.
@@ -103,7 +111,8 @@ class Products:
         hook = self.curved_loss()
         names = {name: f"model.{plain}" for name, plain in state_names(self.model, self.parameters).items()}
         weights = {names[name]: p.detach() for name, p in self.parameters.items()}
-        pieces = self.flat.split(u)
+        length = float(torch.linalg.vector_norm(u)) or 1.0
+        pieces = self.flat.split(u / length)  # of length 1: see ``combine``
         direction = {names[name]: pieces[name].to(p.device, p.dtype) for name, p in self.parameters.items()}
         outputs = Losses(self.model, lambda model, batch: hook(model, batch)[0])
         total = torch.zeros(self.flat.size, dtype=torch.float64)
@@ -116,7 +125,7 @@ class Products:
                 return (out * hessian(tangent).detach()).flatten()
 
             total += self._backward(batch, bent)
-        return total
+        return length * total
 
     def curved_loss(self) -> Callable[..., tuple[Tensor, Callable[[Tensor], Tensor]]]:
         """The loss's ``gauss_newton``, if it has one."""
