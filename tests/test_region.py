@@ -188,6 +188,20 @@ def test_the_exact_cosine_of_a_set_divides_by_the_norm_of_its_mean_gradient(stor
     np.testing.assert_allclose(top.scores, expected.topk(4).values, rtol=0, atol=1e-5)
 
 
+def test_a_part_without_a_gradient_adds_nothing_to_an_exact_cosine(stored: Stored) -> None:
+    one = stored.rescorer("cosine")
+    first, *rest = one.vectors[0]
+    zero = {name: torch.zeros_like(t) for name, t in first.items()}
+    asked = replace(stored.asked, values=stored.asked.values[:PARTS], grad_norm=stored.asked.grad_norm[:PARTS])
+    asked = replace(asked, loss=None)
+    top = gs.topk(stored.store, asked, 4, "cosine", rescore=replace(one, vectors=[[zero, *rest]]))
+    directions = stored.directions[:1].clone()
+    directions[:, 0] = 0
+    np.testing.assert_allclose(top.scores, cosines(directions, stored.rows).topk(4).values, rtol=0, atol=1e-5)
+    with pytest.raises(gs.ShapeError, match="v has length 0"):
+        gs.topk(stored.store, asked, 4, "cosine", rescore=replace(one, vectors=[[zero] * PARTS]))
+
+
 def test_the_exact_fisher_of_a_store_in_parts_is_that_of_the_summed_loss(stored: Stored) -> None:
     """Its draws are those of the store; conjugate gradients over them end at the solve with unsketched rows."""
     summed = ddpm_loss(measurements=PARTS)

@@ -131,6 +131,33 @@ def test_half_precision_uses_forward_mode(query: Any) -> None:
         gs.rescore(half, batch, language_model.token_losses, v, "central")
 
 
+@pytest.mark.parametrize("factor", [1e-9, 1e9])
+def test_scores_in_float16_go_with_the_length_of_the_vector(factor: float) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 3)).half(), torch.randn(6, 4).half()
+
+    def losses(model: nn.Module, batch: Any) -> Tensor:
+        return torch.as_tensor(model(batch["x"])).sin()
+
+    v = gs.gradient(model, {"x": x[:1]}, lambda m, b: losses(m, b).sum(dim=1), "*")
+    scaled = {name: factor * t.double() for name, t in v.items()}
+    expected, found = (gs.rescore(model, {"x": x}, losses, each, modules="*").scores for each in (v, scaled))
+    assert (found / factor - expected).abs().max() <= 2e-3 * expected.abs().max()
+
+
+def test_a_score_that_is_not_finite_is_refused() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 3)), torch.ones(3, 4)
+
+    def losses(model: nn.Module, batch: Any) -> Tensor:
+        return torch.as_tensor(model(batch["x"])) * torch.tensor([[1.0], [1e38], [1.0]]) * 1e38
+
+    v = gs.gradient(model, {"x": x}, lambda m, b: m(b["x"]).sum(dim=1), "*")
+    with pytest.raises(gs.ShapeError, match=r"exact score of example 1 is .*inf, expected a finite number"):
+        gs.rescore(model, {"x": x}, losses, v, "forward", modules="*")
+    with pytest.raises(gs.ShapeError, match="exact score of example 1"):
+        Rescorer(model, lambda _: [{"x": x}], losses, [v], "forward", "*")(0, np.arange(3))
+
+
 def test_refusals(model: Any, query: Any) -> None:
     v = gs.gradient(model, query, language_model)
     name = next(iter(v))

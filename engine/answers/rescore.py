@@ -82,11 +82,12 @@ def rescore(
 
     Raises:
         SpecError: v's names or shapes are not those of the model's captured parameters.
-        ShapeError: v is zero or not finite, or losses have no axis of tokens or positions.
+        ShapeError: v is zero or not finite, losses have no axis of tokens or positions, or a score is not finite.
         BackendError: "central" on half precision; or no forward derivative of an operation of the model.
     """
+    _some_positive([_norm(v)])
     tokens = _derivatives(model, batch, token_losses, v, method, modules)
-    return Exact(tokens.flatten(1).sum(dim=1), tokens)
+    return Exact(_finite(tokens.flatten(1).sum(dim=1)), tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,13 +142,17 @@ class Rescorer:
         return replace(self, vectors=vectors)
 
     def __call__(self, query: int, rows: np.ndarray) -> Exact:
-        """Exact scores of these rows for one query, in their order; tokens padded with 0 to the largest batch's."""
+        """Exact scores of these rows for one query, in their order; tokens padded with 0 to the largest batch's.
+
+        A part whose vector is zero adds nothing. Errors are those of ``rescore``.
+        """
         parts = self._parts(query)
+        _some_positive([part.length for part in parts])
         batches = [
             torch.stack([part(batch) for part in parts], dim=1) for batch in self.fetch([int(row) for row in rows])
         ]
         tokens = torch.cat(pad_alike(batches)) if batches else torch.zeros(0, len(parts), 0)
-        scores = tokens.flatten(2).sum(dim=2)
+        scores = _finite(tokens.flatten(2).sum(dim=2))
         lengths = torch.tensor([part.length for part in parts], dtype=torch.float64)
         if isinstance(self.token_losses, Sequence):
             return Exact(scores, tokens, lengths)
@@ -234,7 +239,8 @@ def _derivatives(
     if method not in ("auto", "forward", "central"):
         raise SpecError(f"method is {method!r}, expected 'auto', 'forward' or 'central'")
     parameters = parameters_of(model, modules)
-    length = _length(parameters, v)
+    _fits(parameters, v)
+    length = _norm(v)
     half = _half_precision(model)
     if method == "central" and half is not None:
         raise BackendError(
@@ -244,22 +250,27 @@ def _derivatives(
     call = Losses(model, token_losses)
     names = {name: f"model.{plain}" for name, plain in state_names(model, parameters).items()}
     weights = {names[name]: parameter.detach() for name, parameter in parameters.items()}
-    direction = {names[name]: v[name].detach().to(p.device, p.dtype) for name, p in parameters.items()}
+    direction = {names[name]: _shortened(v[name], length).to(p.device, p.dtype) for name, p in parameters.items()}
     with evaluating(model), torch.no_grad():
         if half is not None or method == "forward":
             tokens = forward_mode(call, batch, weights, direction)
         else:
-            tokens = central(call, batch, weights, direction, step / length)
+            tokens = central(call, batch, weights, direction, step)
     if tokens.ndim < 2:
         raise ShapeError(
             f"token losses have shape {tuple(tokens.shape)}, expected (examples, tokens) or (examples, height, width): "
             "give the loss's token_losses"
         )
-    return tokens.to("cpu", torch.float64)
+    return length * tokens.to("cpu", torch.float64)
 
 
-def _length(parameters: Mapping[str, nn.Parameter], v: Vector) -> float:
-    """|v|, after v was found to fit the parameters."""
+def _shortened(t: Tensor, length: float) -> Tensor:
+    """A part of a vector over the vector's length: no v is then too long or too short for a model in half precision."""
+    return t.detach().to(torch.promote_types(t.dtype, torch.float32)) / (length or 1.0)
+
+
+def _fits(parameters: Mapping[str, nn.Parameter], v: Vector) -> None:
+    """Refuse a v of other names or shapes than the parameters."""
     missing = [name for name in parameters if name not in v]
     unknown = [name for name in v if name not in parameters]
     if missing or unknown:
@@ -271,14 +282,32 @@ def _length(parameters: Mapping[str, nn.Parameter], v: Vector) -> float:
     for name, parameter in parameters.items():
         if v[name].shape != parameter.shape:
             raise SpecError(f"v[{name!r}] has shape {tuple(v[name].shape)}, expected {tuple(parameter.shape)}")
-    length = _norm(v)
-    if not 0 < length < float("inf"):
-        raise ShapeError(f"v has length {length}, expected a positive number: look at the query's loss")
-    return length
 
 
 def _norm(v: Vector) -> float:
-    return float(sum(t.detach().to(torch.float64).square().sum().item() for t in v.values()) ** 0.5)
+    """|v|, or an error where it is not finite."""
+    length = float(sum(t.detach().to(torch.float64).square().sum().item() for t in v.values()) ** 0.5)
+    if not length < float("inf"):
+        raise ShapeError(f"v has length {length}, expected a finite number: look at the query's loss")
+    return length
+
+
+def _some_positive(lengths: Sequence[float]) -> None:
+    """Refuse vectors that are all zero."""
+    if not any(lengths):
+        raise ShapeError("v has length 0, expected a positive number: look at the query's loss")
+
+
+def _finite(scores: Tensor) -> Tensor:
+    """Scores (n,), or (n, parts), none of which is infinite or NaN."""
+    broken = (~torch.isfinite(scores)).nonzero()
+    if len(broken):
+        place = tuple(broken[0].tolist())
+        raise ShapeError(
+            f"the exact score of example {place[0]} is {float(scores[place])}, expected a finite number: look at its "
+            "loss, and use float32 or bfloat16 where float16 overflows"
+        )
+    return scores
 
 
 def _half_precision(model: nn.Module) -> torch.dtype | None:
