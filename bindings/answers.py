@@ -97,6 +97,7 @@ class Asker:
             self._scorer,
             largest,
             rescore=self._rescorer if self._method else None,
+            method="none" if self._method else None,  # the vectors are as they are meant to be
         )
         if top.tokens is not None:
             return Answer(top, top.tokens)

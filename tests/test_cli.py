@@ -141,6 +141,7 @@ def test_query_scores_exactly_along_a_curvature(site: Site, store: str, cli: Cli
     assert [row["score"] for row in rows] == sorted((row["score"] for row in rows), reverse=True)
     for row in rows:
         assert sum(share for _, share in row["tokens"]) == pytest.approx(row["score"], rel=1e-3)
+    assert "plain gradients" not in done.err
     if method == "none":
         assert found["curvature"] == []
         return

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from models import llama, padded_batch, with_lora
 from stores import MemoryStore, random_rows
-from torch import Tensor
+from torch import Tensor, nn
 
 import gradsift as gs
 from gradsift.engine.curvature.corrected import Corrected
@@ -87,7 +89,7 @@ def test_a_stopped_solve_goes_on_to_the_same_bits(case: Case, method: str, tmp_p
     class StoppedError(Exception):
         pass
 
-    left = 13 if method == "fisher" else 9  # in the third step: each has a product, the first also fits or asks R v
+    left = 13 if method == "fisher" else 12  # in a later step: each has products, before the first is R v or a count
 
     def stop() -> None:
         nonlocal left
@@ -181,8 +183,70 @@ def test_unusable_requests_are_refused(case: Case, change: Any, method: str, err
 def test_a_zero_query_and_another_number_of_examples_are_refused(case: Case) -> None:
     with pytest.raises(gs.ShapeError, match="length 0"):
         case.curvature(case.rows).correct({name: 0 * t for name, t in case.v.items()}, k=K)
-    with pytest.raises(gs.ShapeError, match="hold 12 examples but there are 5 sketched rows"):
-        case.curvature(random_rows(5)).correct(case.v, "fisher", k=K)
+    for method in ("fisher", "ekfac", "ggn"):
+        with pytest.raises(gs.ShapeError, match="hold 12 examples but there are 5 sketched rows"):
+            case.curvature(random_rows(5)).correct(case.v, method, k=K)
+
+
+def test_examples_are_counted_where_factors_come_from_disk(case: Case, tmp_path: Path) -> None:
+    kept: Any = {"rows": case.rows, "path": tmp_path / "factors"}
+    Curvature(case.model, case.batches, language_model, **kept).fit()
+    fewer = Curvature(case.model, case.batches[:1], language_model, **kept)
+    with pytest.raises(gs.ShapeError, match="hold 5 examples but there are 12 sketched rows"):
+        fewer.correct(case.v, "ggn", k=K)
+
+
+def test_rows_of_a_graph_are_taken_off_it(case: Case, tmp_path: Path) -> None:
+    rows = case.rows.clone().requires_grad_()
+    found = case.curvature(rows).correct(case.v, "fisher", k=K, steps=1, checkpoint=tmp_path / "state.npz")
+    assert case.error(found) <= 1e-4
+    assert not Fisher(rows).rows.requires_grad
+
+
+class Columns(nn.Module):
+    """Two maps over (tokens, examples, d), the second of them in use only on demand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(4, 3, bias=False), nn.Linear(4, 3, bias=False)
+
+    def forward(self, x: Tensor, both: bool) -> Tensor:
+        out: Tensor = self.first(x) + (self.second(x) if both else 0)
+        return out
+
+
+def columns(across: bool, both: bool = True) -> Any:
+    """A loss of batches whose x is (examples, tokens, d), run with tokens or with examples first."""
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        x = batch["x"].transpose(0, 1) if across else batch["x"]
+        return torch.as_tensor(model(x, both)).sin().square().sum(dim=(0, 2) if across else (1, 2))
+
+    return loss
+
+
+@pytest.mark.parametrize("method", ["fisher", "ekfac"])
+def test_examples_may_lie_along_another_axis(method: str) -> None:
+    model, x = Columns(), torch.randn(6, 5, 4, generator=torch.Generator().manual_seed(0))
+    v = gs.gradient(model, {"x": x[:1]}, columns(across=False), "*")
+    samples = [
+        Curvature(model, [{"x": x}], columns(across), modules="*", derivatives="forward", batch_axis=1 if across else 0)
+        for across in (False, True)
+    ]
+    found = [sample.correct(v, method, k=K) for sample in samples]
+    torch.testing.assert_close(flat(found[1]), flat(found[0]), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["fisher", "ekfac"])
+def test_a_map_may_be_allowed_to_idle(method: str) -> None:
+    model, x = Columns(), torch.randn(6, 5, 4, generator=torch.Generator().manual_seed(0))
+    v = gs.gradient(model, {"x": x[:1]}, columns(across=False), "*")
+    sample: Any = (model, [{"x": x}], columns(across=False, both=False))
+    with pytest.raises(gs.CaptureError, match="allow_idle"):
+        Curvature(*sample, modules="*").correct(v, method, k=K)
+    found = Curvature(*sample, modules="*", allow_idle=["second"]).correct(v, method, k=K)
+    torch.testing.assert_close(found["second.weight"], v["second.weight"].double() / found.damping)
 
 
 def test_a_loss_without_second_derivative_is_told_what_to_use(case: Case) -> None:
@@ -199,11 +263,10 @@ def test_every_correction_says_what_it_is() -> None:
         assert all((about.formula, about.needs, about.cost, about.source, about.published))
 
 
-def test_one_call_decides_by_the_corrected_vector_over_the_short_list_or_all(case: Case) -> None:
-    """The order of exact scores along the dense answer, from the list of the sketch's own whitened scores."""
+def stored(case: Case) -> tuple[Tensor, MemoryStore, gs.Rescorer]:
+    """Exact rows, a store of them, and what scores them exactly along the query."""
     data = padded_batch(12)
     rows = gs.Capture(case.model, gs.SketchSpec(kind="identity"))(data, language_model).values
-    store = MemoryStore(rows, curvature=case.rows)
     rescorer = gs.Rescorer(
         case.model,
         lambda rows: [{key: value[list(rows)] for key, value in data.items()}],
@@ -212,6 +275,12 @@ def test_one_call_decides_by_the_corrected_vector_over_the_short_list_or_all(cas
         "forward",
         curvature=case.curvature(case.rows),
     )
+    return rows, MemoryStore(rows, curvature=case.rows), rescorer
+
+
+def test_one_call_decides_by_the_corrected_vector_over_the_short_list_or_all(case: Case) -> None:
+    """The order of exact scores along the dense answer, from the list of the sketch's own whitened scores."""
+    rows, store, rescorer = stored(case)
     exact = rows.double() @ case.dense
     asked = flat(case.v)[None]
     whole = gs.topk(store, asked, 3, rescore=rescorer, method="fisher", shortlist="all")
@@ -219,3 +288,38 @@ def test_one_call_decides_by_the_corrected_vector_over_the_short_list_or_all(cas
     assert whole.scores[0] == pytest.approx(exact.sort(descending=True).values[:3].numpy(), rel=1e-3)
     some = gs.topk(store, asked, 3, rescore=rescorer, method="fisher", shortlist=5)
     assert set(some.rows[0]) <= set(gs.topk(store, asked, 5).rows[0].tolist())
+
+
+def test_one_damping_serves_the_sketch_and_the_exact_scores(case: Case) -> None:
+    rows, store, rescorer = stored(case)
+    asked = flat(case.v)[None]
+    top = gs.topk(store, asked, 12, rescore=rescorer, method="fisher", damping=0.1)
+    exact = (Fisher(case.rows, 0.1).solve(asked) @ rows.double().T)[0].numpy()
+    np.testing.assert_allclose(top.scores[0], exact[top.rows[0]], rtol=0, atol=1e-3 * np.abs(exact).max())
+
+
+def test_plain_gradients_behind_the_scorer_fisher_are_warned_of(case: Case, caplog: pytest.LogCaptureFixture) -> None:
+    _, store, rescorer = stored(case)
+    asked = flat(case.v)[None]
+    corrected = rescorer.corrected("ekfac", k=K)
+    for scorer, vectors, method in (("dot", rescorer, None), ("fisher", rescorer, "none"), ("fisher", corrected, None)):
+        gs.topk(store, asked, 3, scorer, rescore=vectors, method=method)
+        assert not caplog.records
+    assert gs.topk(store, asked, 3, rescore=rescorer).scorer == "fisher"
+    (record,) = caplog.records
+    assert "give method='fisher'" in record.getMessage()
+    assert "scorer='dot'" in record.getMessage()
+
+
+@pytest.mark.parametrize(("queries", "vectors", "as_set"), [(1, 2, False), (3, 2, False), (3, 3, True)])
+def test_a_rescorer_with_another_number_of_vectors_than_queries_is_refused_before_any_work(
+    case: Case, queries: int, vectors: int, as_set: bool
+) -> None:
+    def fetch(_: Any) -> Any:
+        raise AssertionError("work was done")
+
+    _, store, rescorer = stored(case)
+    other = replace(rescorer, fetch=fetch, vectors=[case.v] * vectors)
+    asked = flat(case.v).expand(queries, -1)
+    with pytest.raises(gs.ShapeError, match=f"has {vectors} vectors for {1 if as_set else queries} queries: .*as_set"):
+        gs.topk(store, asked, 3, "dot", as_set=as_set, rescore=other)

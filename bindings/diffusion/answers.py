@@ -106,6 +106,7 @@ class Asker:
             largest,
             as_set=len(self._questions) > 1,
             rescore=self._rescorer,
+            method="none" if self._rescorer else None,  # the vectors are as they are meant to be
         )
 
     def print(self, console: Console, answers: Sequence[TopK]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -13,6 +14,7 @@ from gradsift.engine.answers.given import Given
 from gradsift.engine.answers.queries import AnyScorer, Prepared, prepare
 from gradsift.engine.answers.rescore import Exact, Rescorer, pad_alike
 from gradsift.engine.answers.scan import Best, RowStore, best_streamed, scan
+from gradsift.engine.curvature.corrected import Corrected
 from gradsift.engine.scorers.protocol import LinearScorer
 from gradsift.kernels.errors import ShapeError, SpecError
 
@@ -23,6 +25,8 @@ SIGN = "positive = training on it lowers the query's loss"
 
 MEMORY = 256 << 20
 """Bytes that a search may take unless told otherwise, beside the queries and the answer."""
+
+logger = logging.getLogger(__name__)
 
 ExactScores = Callable[[int, np.ndarray], Exact]
 
@@ -87,12 +91,14 @@ def topk(
             says which it was.
         largest: False for the rows that raise the query's loss most.
         as_set: one query instead of q: the mean of their gradients.
-        damping: of a scorer that has one, such as "fisher" (see ``Fisher``); its own default unless given.
+        damping: k of a scorer that has one, such as "fisher" (see ``Fisher``), and of ``method``; their own defaults,
+            1 and ``curvature.k``, unless given.
         rescore: exact scores of a short list, ``rescore(query, rows) -> Exact`` for rows in this order: a
             ``Rescorer``, with losses and vectors per part for "cosine" over several parts. The sketch then only finds
             ``shortlist`` rows per query, and these scores decide.
         method: correct the vectors of a ``Rescorer`` for curvature first, by ``Rescorer.corrected(method)``: such as
-            "fisher" or "ekfac"; the short list stays the one of the scorer.
+            "fisher" or "ekfac"; the short list stays the one of the scorer. "none" takes them as they are, and so
+            does None, which warns where they are plain gradients and so undo the curvature of the scorer "fisher".
         shortlist: rows per query that are scored exactly; the larger of 100 and 10 k unless given, which at dim
             1024 found .99 of the exact top 10 on a language model. "all" scores every row exactly: a pass of the model
             over the whole data set per query.
@@ -101,7 +107,7 @@ def topk(
     Raises:
         SpecError: the queries were drawn by another sketch, from other parameters or another loss; or the scorer does
             not fit the store or the other arguments.
-        ShapeError: k, the queries' shape or numbers are unusable.
+        ShapeError: k, the queries' shape or numbers are unusable, or a ``Rescorer`` has not one vector per query.
         StoreError: the store holds no rows, a row that is not finite, or lacks what the scorer needs.
     """
     if k < 1:
@@ -110,14 +116,16 @@ def topk(
         shortlist = max(k, len(store))
     if shortlist is not None and (rescore is None or shortlist < k):
         raise ShapeError(f"shortlist is {shortlist} for k = {k}: give rescore= and a list of at least k rows")
-    if method is not None:
-        rescore = _corrected(rescore, method)
+    if method is not None and not isinstance(rescore, Rescorer):
+        raise SpecError(f"method is {method!r} without a Rescorer to correct: give rescore=Rescorer(...)")
     prepared = prepare(store, queries, scorer, as_set=as_set, damping=damping)
     if rescore is not None and not getattr(prepared.scorer, "decidable", False):
         raise SpecError(
             f"exact gradients of one model do not decide the scorer {prepared.name!r} on this store: leave rescore "
             "out, or use scorer='fisher', 'dot' or 'cosine' on a store of one checkpoint"
         )
+    if isinstance(rescore, Rescorer):
+        rescore = _corrected(rescore, prepared, method, damping)
     length = k if rescore is None else shortlist or max(100, 10 * k)
     best = find(prepared, min(length, len(store)), largest=largest, memory=memory)
     if rescore is None:
@@ -163,10 +171,23 @@ def find(
     return Best(sign * best.scores, best.rows)
 
 
-def _corrected(rescore: ExactScores | None, method: str) -> ExactScores:
-    if not isinstance(rescore, Rescorer):
-        raise SpecError(f"method is {method!r} without a Rescorer to correct: give rescore=Rescorer(...)")
-    return rescore.corrected(method)
+def _corrected(rescore: Rescorer, prepared: Prepared, method: str | None, damping: float | None) -> Rescorer:
+    """A Rescorer with a vector for each query, after the correction that was asked for."""
+    assert prepared.queries is not None
+    given, asked = len(rescore.vectors), len(prepared.queries.values)
+    if given != asked:
+        raise ShapeError(
+            f"the Rescorer has {given} vectors for {asked} queries: give one for each, and with as_set=True the one "
+            "mean of their gradients"
+        )
+    if method is not None:
+        return rescore.corrected(method, k=damping)
+    if prepared.name == "fisher" and not all(isinstance(v, Corrected) for v in rescore.vectors):
+        logger.warning(
+            "the scorer 'fisher' finds the short list, but exact scores along plain gradients decide it, without any "
+            "curvature: give method='fisher' to correct them, or scorer='dot' if plain products are meant"
+        )
+    return rescore
 
 
 def _decide(prepared: Prepared, rescore: ExactScores, found: Best, k: int, largest: bool) -> TopK:
