@@ -216,6 +216,44 @@ def test_a_row_that_is_not_finite_is_named() -> None:
         gs.topk(store, random_rows(1, seed=1), 3, "dot")
 
 
+@pytest.mark.parametrize("scorer", ["dot", "cosine"])
+def test_queries_in_one_group_are_whole_rows(scorer: Any) -> None:
+    model, batch = with_lora(llama()), padded_batch(3)
+    rows = gs.Capture(model, SPEC, "*layers.0*v_proj")(batch, language_model)
+    apart = gs.Capture(model, SPEC, "*layers.0*v_proj", groups="map")(batch, language_model)
+    assert apart.values.shape == (3, 1, 64)
+    store = MemoryStore(
+        rows.values,
+        norms=rows.grad_norm,
+        spec=SPEC,
+        table=rows.table,
+        metadata={"loss": {"kind": rows.loss_kind}},
+        parts=({"group": apart.groups[0], "checkpoint": None},),
+    )
+    found, expected = (gs.topk(store, asked, 3, scorer) for asked in (apart, rows))
+    np.testing.assert_array_equal(found.rows, expected.rows)
+    np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-6)
+
+
+def test_a_scorer_whose_preparation_failed_is_prepared_again() -> None:
+    class Half:
+        """Keeps what it reads first even where it then fails."""
+
+        def prepare(self, store: Any) -> None:
+            self.rows = len(store)
+            if self.rows < 5:
+                raise gs.StoreError("too few rows")
+
+        def score(self, queries: Any, rows: Any) -> Tensor:
+            return torch.full((len(queries.values), len(rows.values)), float(self.rows))
+
+    scorer, large, query = Half(), MemoryStore(random_rows(9)), random_rows(1, seed=1)
+    gs.topk(large, query, 1, scorer)
+    with pytest.raises(gs.StoreError, match="too few"):
+        gs.topk(MemoryStore(random_rows(3)), query, 1, scorer)
+    assert gs.topk(large, query, 1, scorer).scores.tolist() == [[9.0]]
+
+
 def test_an_empty_store_is_refused() -> None:
     with pytest.raises(gs.StoreError, match="holds no rows"):
         gs.topk(MemoryStore(random_rows(0)), random_rows(1), 3, "dot")

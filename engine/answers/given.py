@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -58,7 +59,9 @@ def checked(store: RowStore, given: Given) -> Queries:
             )
         if _same_loss(store, given) and _as_captured(store, given):
             given = given.fold(parts // max(1, len(given.groups)))
-            values = given.values
+        if parts == 1 and given.values.shape[1:-1] == (1,):  # the only group of a capture with groups is the whole row
+            given = replace(given, values=given.values[:, 0], grad_norm=given.grad_norm[:, 0], groups=())
+        values = given.values
     if values.shape[1:-1] != (() if parts == 1 else (parts,)):
         raise ShapeError(f"queries have shape {tuple(values.shape)}, expected {expected}: {_remedy(store, parts)}")
     if not bool(torch.isfinite(values).all()):

@@ -127,6 +127,8 @@ def _prepare_once(scorer: Scorer | LinearScorer, store: RowStore) -> None:
     last = getattr(scorer, _PREPARED_ON, None)
     if last is not None and last() is store:
         return
+    if last is not None:
+        setattr(scorer, _PREPARED_ON, None)  # where prepare fails half-way, the scorer is ready for no store
     scorer.prepare(store)
     with suppress(AttributeError, TypeError):  # a class with slots, or a store that cannot be referred to weakly
         setattr(scorer, _PREPARED_ON, weakref.ref(store))
