@@ -145,12 +145,11 @@ def _model(given: Any, space: Workspace) -> nn.Module:
             f"retrain returned {given!r}, expected the trained model, or the folder where it or its adapter was saved"
         )
     notes, folder = space.notes, str(given)
-    model, lora, tokenizer = notes.model, folder, notes.tokenizer
-    if not (Path(given) / "adapter_config.json").is_file():  # a whole model, perhaps saved without its tokenizer
-        model, lora, tokenizer = folder, None, space.loaded.tokenizer.name_or_path
     with torch.no_grad():
-        loaded = load(model, lora, tokenizer=tokenizer, dtype=notes.dtype, device=str(device))
-    return loaded.model
+        if (Path(given) / "adapter_config.json").is_file():
+            return load(notes.model, folder, tokenizer=notes.tokenizer, dtype=notes.dtype, device=str(device)).model
+        known = space.loaded.tokenizer.name_or_path  # a whole model may have been saved without its tokenizer
+        return load(folder, tokenizer=known, dtype=notes.dtype, device=str(device)).model
 
 
 def _text(record: Record) -> str:

@@ -100,7 +100,7 @@ def compact(
             most = max(8 * (size - SCALE_BYTES) // (bits or _FEWEST_BITS) for size in sizes)
             axes = principal_axes(store, units, most, held, weights, question.name == "fisher")
             tick(len(store))
-        measured = []
+        measured: list[Recall] = []
         for size in sizes:
             coding = _coding(axes, size, bits)
             if measured and coding.bytes == measured[-1].bytes:
