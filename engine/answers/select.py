@@ -175,7 +175,7 @@ def write_jsonl(path: str | os.PathLike[str], records: Iterable[Mapping[str, Any
 
 def least_share(total: int) -> float:
     """The least share that is a row of so many, rounded up to two or three digits."""
-    scale = 10 ** (len(str(total)) + 1)
+    scale = 10.0 ** (len(str(total)) + 1)
     return -(-scale // total) / scale
 
 
