@@ -46,7 +46,7 @@ SIZES = {
     "diffusion": {"count": 24, "seeds": 2, "remove_queries": 4},
     "smollm2": {"count": 16, "seeds": 1, "removed": ()},
 }
-"""Of each case: random halves, trainings of each, and queries whose best examples are removed; none where that is long."""
+"""Of each case: random halves, trainings of each, and queries whose best examples are removed, if any."""
 
 FIELDS = (
     *("case", "name", "family", "method", "bytes", "lds", "lds_low", "lds_high", "qld", "qld_low", "qld_high"),
