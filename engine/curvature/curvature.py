@@ -303,7 +303,8 @@ class Curvature:
         correction = _correction(method)()
         fitted = self._factors is not None or (self._path is not None and Path(self._path).exists())
         each = correction.passes(fitted, correction.steps if steps is None else steps)
-        return Passes(*(queries * n for n in each[:-1]), each.fitted)
+        counted, along, back, curved, fits = each
+        return Passes(queries * counted, queries * along, queries * back, queries * curved, fits)
 
     def products(self) -> Products:
         """Products with the sample's gradients and its Gauss-Newton matrix."""
