@@ -243,6 +243,6 @@ def test_bytes_per_image(benchmark: Any, tmp_path: Path) -> None:
     assert sizes["float16"] < sizes["float32"] < raw
     benchmark.extra_info["facts"] = [
         f"bytes per image, {MEASUREMENTS} parts x 1024: {sizes['float32']:,.0f} in float32, {sizes['float16']:,.0f} in "
-        f"float16; raw LoRA gradients ({on('linear maps')}, {setup.numbers():,} numbers) {raw:,}, "
+        f"float16; raw LoRA gradients ({on('linear maps', 8)}, {setup.numbers():,} numbers) {raw:,}, "
         f"{raw / sizes['float32']:.0f} and {raw / sizes['float16']:.0f} times as much"
     ]
