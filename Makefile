@@ -6,7 +6,7 @@ PIP := $(BIN)/pip --disable-pip-version-check
 READY := $(VENV)/.ready
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 
-.PHONY: help install demo test lint types aot aot-quick bench bench-quick fidelity gpu soak clean
+.PHONY: help install demo test lint types aot bench bench-quick fidelity gpu soak clean
 
 help:
 	@echo "make demo         install, then the main job on real text, on the CPU"
@@ -52,9 +52,6 @@ types: $(READY)
 
 aot: $(READY)
 	$(BIN)/python benchmarks/aot.py
-
-aot-quick: $(READY)
-	$(BIN)/python benchmarks/aot.py --quick
 
 bench: $(READY)
 	$(BIN)/python benchmarks/run.py --full

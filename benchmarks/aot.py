@@ -1,8 +1,8 @@
 """Compile every kernel variant for sm_80, sm_90, sm_100 and gfx942; exit 1 on a spill or a missing matrix path.
 
-    python benchmarks/aot.py [--target sm_90] [--quick]
+    python benchmarks/aot.py [--target sm_90]
 
-Writes benchmarks/results/aot.csv when everything runs.
+Writes benchmarks/results/aot.csv when all targets run.
 """
 
 import argparse
@@ -22,19 +22,14 @@ from rich.table import Table
 from gradsift.kernels.aot import TARGETS, Compiled, compile_variant, variants
 
 RESULTS = Path(__file__).parent / "results" / "aot.csv"
-_MIDDLE = 32
-"""The rank tile between the others, of which it holds neither the most registers nor the smallest product."""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", choices=TARGETS, action="append", help="default: all")
-    parser.add_argument("--quick", action="store_true", help="the smallest and the largest rank tile only")
-    options = parser.parse_args()
-    targets = options.target or list(TARGETS)
+    targets = parser.parse_args().target or list(TARGETS)
     start = time.perf_counter()
-    chosen = [index for index, variant in enumerate(variants()) if not options.quick or variant.block_r != _MIDDLE]
-    wanted = [(target, index) for target in targets for index in chosen]
+    wanted = [(target, index) for target in targets for index, _ in enumerate(variants())]
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
         compiled = pool.map(compile_one, *zip(*wanted, strict=True))
         rows = list(track(compiled, "kernels", len(wanted), console=Console(stderr=True)))
@@ -44,7 +39,7 @@ def main() -> int:
     for row in rows:
         table.add_row(*map(str, row), style="red" if row.problem else None)
     Console(width=140).print(table)
-    if set(targets) == set(TARGETS) and not options.quick:
+    if set(targets) == set(TARGETS):
         with RESULTS.open("w", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(("triton", *Compiled._fields))

@@ -26,6 +26,7 @@ from gradsift.engine.compaction.layout import SCALE_BYTES, group
 from gradsift.engine.compaction.measure import Coding, ask, held_rows, measure
 from gradsift.engine.compaction.units import units_of
 from gradsift.engine.curvature.fisher import Fisher
+from gradsift.engine.extras import require
 from gradsift.engine.losses import language_model
 from gradsift.engine.store.block_writer import BlockWriter
 from gradsift.engine.store.format import write_description
@@ -140,7 +141,7 @@ def test_two_stages(benchmark: Any, trained: Trained, scorer: str, tmp_path: Pat
 @pytest.mark.parametrize("scorer", ["fisher", "dot"])
 def test_inverted_file(benchmark: Any, trained: Trained, scorer: str, tmp_path: Path) -> None:
     """What clusters of rows would spare a query: how much of the codes' best 10 lies in the clusters nearest to it."""
-    faiss = pytest.importorskip("faiss")
+    faiss = require("faiss")
     small = gs.compact(trained.store, tmp_path / "small", bytes=BYTES, scorer=scorer, progress=False)
     rows = np.concatenate([decode(codes, scale, small.bits).numpy() for _, codes, scale in small.chunks])
     asked = trained.asked.values.double()

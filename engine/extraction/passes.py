@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -320,7 +320,7 @@ class _PerToken:
         """The loss itself where it is no sum over tokens."""
         if not sums_tokens(loss_fn):
             return loss_fn
-        tokens = torch.as_tensor(getattr(loss_fn, "loss_tokens")(batch))  # noqa: B009
+        tokens = torch.as_tensor(cast(Any, loss_fn).loss_tokens(batch))
         return cls(loss_fn, tokens.repeat_interleave(len(parts_of(loss_fn))))
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
