@@ -105,10 +105,15 @@ def keep(case: str, rows: list[dict[str, Any]]) -> None:
     if RESULTS.exists():
         with RESULTS.open(newline="") as file:
             kept = [row for row in csv.DictReader(file) if row["case"] != case]
+    kept = sorted([*kept, *({k: _short(v) for k, v in row.items()} for row in rows)], key=_place)
     with RESULTS.open("w", newline="") as file:
         writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
         writer.writeheader()
-        writer.writerows([*kept, *({k: _short(v) for k, v in row.items()} for row in rows)])
+        writer.writerows(kept)
+
+
+def _place(row: dict[str, Any]) -> int:
+    return list(CASES).index(row["case"])
 
 
 def _short(value: Any) -> Any:

@@ -89,14 +89,12 @@ def check_adapter(model: nn.Module, weights: dict[str, Tensor], name: str = "ada
     """Compare an adapter's file with the model that it was loaded into.
 
     Args:
-        model: a PEFT model whose adapter was created without storage (``low_cpu_mem_usage=True``), so that
-        a weight
+        model: a PEFT model whose adapter was created without storage (``low_cpu_mem_usage=True``), so that a weight
             that nothing was loaded into is still on the meta device.
         weights: the adapter's file, by PEFT's names.
 
     Raises:
-        DataError: a weight of the file has no place in the model, or a weight of the model is not in the
-        file.
+        DataError: a weight of the file has no place in the model, or a weight of the model is not in the file.
     """
     peft = require("peft")
     left = [key for key, value in model.named_parameters() if value.is_meta]

@@ -61,7 +61,8 @@ def tune(
     steps = plan.epochs * -(-len(rows) // plan.batch)
     warm = max(1, steps // 10)
     step, loss_sum, tokens = 0, 0.0, 0
-    with _upper_layers(model, bool(states)):
+    decoder = _decoder(model)
+    with _only(decoder, decoder.layers[_frozen(decoder) :] if states else decoder.layers):
         for _ in range(plan.epochs):
             loss_sum, tokens = 0.0, 0
             for chosen in torch.randperm(len(rows), generator=order).split(plan.batch):
@@ -85,14 +86,15 @@ def lower_states(model: Any, data: Dataset) -> list[Tensor]:
     The layers below are frozen, so this is the same in every epoch and in every retraining.
     """
     decoder = _decoder(model)
+    layers = decoder.layers[: _frozen(decoder) + 1]
     found: list[Tensor] = []
 
     def keep(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         found.extend(state[:length].clone() for state, length in zip(inputs[0], lengths, strict=True))
 
-    handle = decoder.layers[_frozen(decoder)].register_forward_pre_hook(keep)
+    handle = layers[-1].register_forward_pre_hook(keep)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _only(decoder, layers):
             for start in range(0, len(data), _AT_ONCE):
                 batch = data.fetch(range(start, min(start + _AT_ONCE, len(data))))
                 lengths = batch["attention_mask"].sum(dim=1).tolist()
@@ -128,13 +130,11 @@ def _frozen(decoder: Any) -> int:
 
 
 @contextmanager
-def _upper_layers(model: Any, only: bool) -> Iterator[None]:
-    """With ``only``, the decoder consists of the layers from the first trained one on."""
-    decoder = _decoder(model)
-    layers = decoder.layers
-    if only:
-        decoder.layers = layers[_frozen(decoder) :]
+def _only(decoder: Any, layers: nn.ModuleList) -> Iterator[None]:
+    """The decoder consists of these layers."""
+    whole = decoder.layers
+    decoder.layers = layers
     try:
         yield
     finally:
-        decoder.layers = layers
+        decoder.layers = whole
