@@ -72,7 +72,7 @@ def load(
     config = attempt(f"model '{model}'", transformers.AutoConfig.from_pretrained, source, **options)
     encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
     kind = transformers.AutoModelForSeq2SeqLM if encoder_decoder else transformers.AutoModelForCausalLM
-    loaded = attempt(f"model '{model}'", kind.from_pretrained, source, dtype=wanted, **options)
+    loaded = attempt(f"model '{model}'", kind.from_pretrained, source, config=config, dtype=wanted, **options)
     loaded.to(device)
     tokens = _tokenizer(model, adapter, tokenizer)
     rows = loaded.get_input_embeddings().num_embeddings

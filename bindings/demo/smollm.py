@@ -67,8 +67,8 @@ def smollm_case(seed: int = 0) -> Case:
         labels=[f"… {a}" for _, a in begun],
         loaded=lambda: _with_adapter(model, seed),
         save=lambda loaded, folder: _save(loaded, folder, model),
-        plan=Plan(epochs=4, batch=8, rate=1e-3, seed=seed),
-        curvature=2 * len(records),
+        plan=Plan(epochs=3, batch=8, rate=1.3e-3, seed=seed),
+        curvature=len(records),
         words=9,
         query_arguments=_as_arguments(queries[0]),
     )
