@@ -10,18 +10,47 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from enum import StrEnum
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from typer.core import TyperCommand, TyperGroup
 
+from gradsift.bindings.dispatch import Commands, OfKind
 from gradsift.bindings.hush import hush
 from gradsift.bindings.memory import keep_freed_memory
+from gradsift.bindings.options import (
+    AsJson,
+    AtCheckpoints,
+    Budget,
+    ByAdam,
+    Corrected,
+    Correction,
+    CurvatureRows,
+    Damping,
+    Device,
+    ExactRows,
+    HeldOut,
+    HowReduced,
+    HowScored,
+    Kind,
+    LossName,
+    LossOption,
+    ModelKind,
+    OtherAdapter,
+    OtherData,
+    OtherModel,
+    Precision,
+    Reference,
+    RowGroups,
+    Rule,
+    SelectBy,
+    Store,
+    StoreDtype,
+    StorePrecision,
+    TrainedBy,
+)
 from gradsift.kernels.errors import DataError, GradsiftError
 
 if TYPE_CHECKING:
@@ -30,100 +59,8 @@ if TYPE_CHECKING:
 
 __all__ = ["app", "main"]
 
-_ELSEWHERE = {
-    "check": (
-        "gradsift.bindings.check.command",
-        "Prove on a few of your own examples that gradsift is right about your model.",
-    ),
-    "compact": (
-        "gradsift.bindings.compact",
-        "Keep a few bytes of each example, and still find what the whole store finds.",
-    ),
-    "demo": (
-        "gradsift.bindings.demo.command",
-        "Watch gradsift find planted training examples, from nothing, on this machine.",
-    ),
-    "eval": (
-        "gradsift.bindings.eval.command",
-        "Train again on parts of the data, and see which method had predicted it.",
-    ),
-    "methods": (
-        "gradsift.bindings.methods",
-        "The scorers, selectors and corrections that exist, what each needs and costs.",
-    ),
-}
-"""Commands whose module is imported when they are called; each has a typer app named `app`."""
-
-
-_DIFFUSION = {
-    "extract": ("gradsift.bindings.diffusion.command", "extract"),
-    "query": ("gradsift.bindings.diffusion.command", "query"),
-    "select": ("gradsift.bindings.diffusion.command", "select"),
-    "check": ("gradsift.bindings.diffusion.check", "app"),
-}
-"""Where the twins of commands for diffusion models are: module, and typer app."""
-
-
-class Kind(StrEnum):
-    """Kinds of models."""
-
-    lm = "lm"
-    diffusion = "diffusion"
-
-
-class _Elsewhere(TyperCommand):
-    """Stands for a command of another module, so that `gradsift --help` need not import it."""
-
-    def __init__(self, name: str, module: str, help: str) -> None:
-        super().__init__(name, help=help)
-        self._module = module
-
-    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
-        real = typer.main.get_command(import_module(self._module).app)
-        return real.make_context(info_name, args, parent=parent, **extra)
-
-
-class OfKind(TyperCommand):
-    """A command that has a twin for diffusion models, with options of its own: chosen by --kind, or by the store."""
-
-    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
-        if _kind(args) != Kind.diffusion:
-            return super().make_context(info_name, args, parent=parent, **extra)
-        module, name = _DIFFUSION[str(self.name)]
-        twin = typer.main.get_command(getattr(import_module(module), name))
-        return twin.make_context(info_name, args, parent=parent, **extra)
-
-
-def _kind(args: list[str]) -> str:
-    """What --kind says; else what a store among the arguments was made from."""
-    for place, argument in enumerate(args):
-        if argument == "--kind":
-            return args[place + 1] if place + 1 < len(args) else ""
-        if argument.startswith("--kind="):
-            return argument.removeprefix("--kind=")
-    for argument in args:
-        try:
-            text = (Path(argument) / "zarr.json").read_text(encoding="utf-8")
-            return str(json.loads(text)["attributes"]["gradsift"]["notes"].get("kind", Kind.lm))
-        except (OSError, ValueError, KeyError, AttributeError, TypeError):
-            continue
-    return Kind.lm
-
-
-class _Commands(TyperGroup):
-    """Own commands first, in the order in which they are used."""
-
-    def list_commands(self, ctx: Any) -> list[str]:
-        return ["demo", "check", *super().list_commands(ctx), "eval", "methods"]
-
-    def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        if cmd_name in _ELSEWHERE:
-            return _Elsewhere(cmd_name, *_ELSEWHERE[cmd_name])
-        return super().get_command(ctx, cmd_name)
-
-
 app = typer.Typer(
-    cls=_Commands,
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -135,149 +72,6 @@ app = typer.Typer(
     [bold]gradsift query[/bold] train.zarr --prompt "What is the capital of Nigeria?"
     """.replace("\n    [", "\n\n    ["),
 )
-
-
-class Groups(StrEnum):
-    """What a row has a part for."""
-
-    parameter = "parameter"
-    map = "map"
-
-
-class AdamForm(StrEnum):
-    """Where Adam's eps stands."""
-
-    less = "less"
-    torch = "torch"
-
-
-class Correction(StrEnum):
-    """What a query is multiplied by before rows are scored exactly."""
-
-    none = "none"
-    fisher = "fisher"
-    ekfac = "ekfac"
-    ggn = "ggn"
-
-
-class LossName(StrEnum):
-    """Losses that the command line takes gradients of."""
-
-    language_model = "language_model"
-    dpo = "dpo"
-    policy_gradient = "policy_gradient"
-
-
-class Precision(StrEnum):
-    """Numbers of a model."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-class StorePrecision(StrEnum):
-    """Numbers of a store."""
-
-    float32 = "float32"
-    float16 = "float16"
-
-
-ModelKind = Annotated[
-    Kind, typer.Option(help="lm, a language model; or diffusion: --kind diffusion --help shows its options.")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
-Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:0; a GPU when there is one.")]
-Store = Annotated[Path, typer.Argument(help="A store that `gradsift extract` wrote.", show_default=False)]
-OtherModel = Annotated[str | None, typer.Option("--model", help="Where the model is now, if it moved.")]
-OtherAdapter = Annotated[str | None, typer.Option("--adapter", help="Where the adapter is now, if it moved.")]
-CurvatureRows = Annotated[
-    int, typer.Option(help="Rows of the curvature sample, which the default scorer needs; 0 for none.")
-]
-StoreDtype = Annotated[StorePrecision, typer.Option(help="Of the store: float16 halves it, at 2e-4 relative error.")]
-TrainedBy = Annotated[
-    LossName,
-    typer.Option(
-        help="What was trained with: language_model; dpo, on columns prompt, chosen and rejected, with the model "
-        "without its adapter as reference; or policy_gradient (GRPO), on prompt, responses and rewards."
-    ),
-]
-LossOption = Annotated[
-    list[str] | None,
-    typer.Option(help="Of that loss, such as beta=0.1 or aggregate=sequence; may be repeated.", show_default=False),
-]
-RowGroups = Annotated[
-    Groups | None,
-    typer.Option(help="Keep each parameter, or each map, apart: as many times the bytes; scorer datainf needs it."),
-]
-AtCheckpoints = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--checkpoint",
-        help="A folder that PEFT or the Trainer saved; may be repeated: rows at each of them, weighed by its learning "
-        "rate, at the cost of as many extractions.",
-    ),
-]
-ByAdam = Annotated[
-    AdamForm | None,
-    typer.Option(
-        help="Rows of Adam's updates by the checkpoints' optimizer.pt instead of gradients, for scorer less: less, as "
-        "its authors have them, or torch, as the optimizer makes them."
-    ),
-]
-HowScored = Annotated[
-    str,
-    typer.Option(help="fisher corrects for curvature; dot and cosine are plain; `gradsift methods` prints all."),
-]
-ExactRows = Annotated[
-    int, typer.Option(min=1, help="Curvature rows behind --exact fisher answers, at most: fewer are faster.")
-]
-Budget = Annotated[
-    str | None,
-    typer.Option(
-        help="How much to choose: 5%, or a number of examples.  \\[default: 5%, or what the method finds]",
-        show_default=False,
-    ),
-]
-SelectBy = Annotated[str, typer.Option(help="top, tarot, bids, groups, diverse, order, vog or lobass.")]
-HowReduced = Annotated[
-    str | None,
-    typer.Option(
-        help="Of top: max lets each task bring in examples of its own; mean wants what helps all; rank fuses their "
-        "ranks.  \\[default: max]",
-        show_default=False,
-    ),
-]
-Rule = Annotated[
-    str | None,
-    typer.Option(
-        help="Of bids: balance or gain. Of groups: mixture or bandit. Of tarot: fixed_size, or otm, which finds how "
-        "much to choose.",
-        show_default=False,
-    ),
-]
-Reference = Annotated[
-    Path | None,
-    typer.Option(help="Of lobass: a store of the same data under a model tuned on it.", show_default=False),
-]
-Corrected = Annotated[
-    Correction | None,
-    typer.Option(
-        help="Score exactly, along the query after this curvature: none, fisher, ekfac or ggn.  "
-        "\\[with --exact: fisher or none, as the scorer]",
-        show_default=False,
-    ),
-]
-Damping = Annotated[
-    float | None,
-    typer.Option(min=1e-6, help="k of lambda = k * trace(F) / n: 1, or what --held-out says.", show_default=False),
-]
-HeldOut = Annotated[
-    str | None,
-    typer.Option(help="Data that was not trained on, as for extract: it chooses the damping.", show_default=False),
-]
-Seconds = Annotated[float, typer.Option(help="About how long the rankings may take.")]
-OtherData = Annotated[str | None, typer.Option("--train", help="Where the training data is now, if it moved.")]
 
 
 @app.command(cls=OfKind)

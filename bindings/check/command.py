@@ -10,7 +10,16 @@ import numpy as np
 import typer
 from rich.console import Console
 
-from gradsift.bindings.cli import AsJson, Device, Kind, ModelKind, OfKind, Precision, Seconds, layers, status
+from gradsift.bindings.cli import layers, status
+from gradsift.bindings.dispatch import OfKind
+from gradsift.bindings.options import (
+    AsJson,
+    Device,
+    Kind,
+    ModelKind,
+    Precision,
+    Seconds,
+)
 from gradsift.kernels.errors import DataError
 
 if TYPE_CHECKING:

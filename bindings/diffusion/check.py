@@ -11,8 +11,16 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from gradsift.bindings.cli import AsJson, Device, Kind, ModelKind, Precision, Seconds, layers, status
+from gradsift.bindings.cli import layers, status
 from gradsift.bindings.diffusion.command import DenoiserPrecision, Dim, Layers, Lora, PipelinePath, Seed
+from gradsift.bindings.options import (
+    AsJson,
+    Device,
+    Kind,
+    ModelKind,
+    Precision,
+    Seconds,
+)
 
 __all__ = ["app"]
 

@@ -12,7 +12,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from gradsift.bindings.cli import (
+from gradsift.bindings.cli import exact_method, layers
+from gradsift.bindings.options import (
     AsJson,
     Budget,
     Corrected,
@@ -35,8 +36,6 @@ from gradsift.bindings.cli import (
     Store,
     StoreDtype,
     StorePrecision,
-    exact_method,
-    layers,
 )
 from gradsift.kernels.errors import DataError
 
