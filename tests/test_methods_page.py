@@ -66,6 +66,20 @@ def test_the_readme_prints_the_record(made: Any) -> None:
         assert not qld or float(qld) == round(float(first["qld"]), 1)
 
 
+def test_the_readme_prints_what_smollm2_gave(made: Any) -> None:
+    rows = {row["name"]: row for row in made.read() if row["case"] == "smollm2"}
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert f"of {rows['fisher, k 1, 128 B']['bytes']} bytes per record has an LDS of" in readme
+    for name, words in {
+        "fisher, k 1, 128 B": "has an LDS of",
+        "exact dot": f"exact gradient products of {float(rows['exact dot']['bytes']) / 1e6:.1f} MB per record",
+        "hidden states": "hidden states",
+        "BM25": "BM25",
+    }.items():
+        low, mean, high = (float(rows[name][key]) for key in ("lds_low", "lds", "lds_high"))
+        assert f"{words} {mean:.2f} ± {(high - low) / 2:.2f}".replace(" 0.", " .") in readme, name
+
+
 def test_a_method_without_a_figure_or_a_test_is_refused(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [row for row in made.read() if row["method"] != "fisher"]
     with pytest.raises(SystemExit, match="'fisher' has no figure"):

@@ -96,7 +96,7 @@ def _bytes(axes: Any, found: Evaluation, rows: list[Row]) -> None:
     if words is not None and words.lds is not None:
         axes.axhline(words.lds.mean, color=COLOURS["baseline"], lw=1.0, ls="--")
         axes.annotate(words.name, (0.01, words.lds.mean), xycoords=("axes fraction", "data"), fontsize=7, va="bottom")
-    axes.set_xscale("log", base=8)
+    axes.set_xscale("log")
     axes.xaxis.set_major_formatter(lambda size, _: bytes_text(size))
     axes.margins(x=0.25)
     axes.set(title="What a byte buys", xlabel="bytes per example", ylabel="LDS")
