@@ -49,17 +49,18 @@ def test_package_list_is_complete() -> None:
     assert set(settings["packages"]) == expected
 
 
-def test_import_loads_neither_zarr_nor_triton_and_costs_little() -> None:
+def test_import_loads_neither_zarr_nor_triton_and_costs_little_beside_torch() -> None:
     code = (
-        "import json, sys, time, torch; start = time.process_time(); import gradsift; gradsift.Capture; "
-        "gradsift.SketchSpec; print(json.dumps([time.process_time() - start, "
+        "import json, sys, time; start = time.process_time(); import torch; middle = time.process_time(); "
+        "import gradsift; gradsift.Capture; gradsift.SketchSpec; end = time.process_time(); "
+        "print(json.dumps([(end - middle) / (middle - start), "
         "[m for m in ('zarr', 'triton', 'transformers', 'peft', 'rich', 'typer') if m in sys.modules]]))"
     )
     runs = [
         json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout)
         for _ in range(3)
     ]
-    assert min(seconds for seconds, _ in runs) < 0.1
+    assert min(share for share, _ in runs) < 0.06  # .02 to .04: less than a tenth of a second where torch takes two
     assert all(loaded == [] for _, loaded in runs)
 
 
