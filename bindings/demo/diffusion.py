@@ -28,7 +28,7 @@ def demo_diffusion(
 ) -> None:
     """Tune a diffusion model on digits of which some are labelled wrongly, and ask gradsift which.
 
-    [bold]gradsift demo diffusion[/bold]   a small UNet, trained on this CPU; under three minutes
+    [bold]gradsift demo diffusion[/bold]   a small UNet, trained on this CPU in a few minutes, and kept
 
     The answer is checked twice: against the truth, beside what similar pixels find, and by training again without
     the images that were named. The base model is kept, so a second run is faster.
