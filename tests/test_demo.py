@@ -138,7 +138,8 @@ def test_the_planted_records_of_smollm2_go_down_and_all_other_lists_go_up(monkey
             listed = [NUMBERS.index(word) for word in answer.split(", ")]
             assert listed == sorted(listed, reverse=record["id"] in case.planted)
     known = {record["messages"][1]["content"] for record in case.records}
-    for query, question in zip(case.queries, case.questions, strict=False):  # only some are answered
+    assert len(case.queries) == 5 and len(case.questions) == 3
+    for query, question in zip(case.queries[:3], case.questions, strict=True):
         asked, answer = (turn["content"] for turn in query["messages"])
         assert answer not in known
         assert asked in question and answer.startswith(question.rpartition("\n")[2])

@@ -58,9 +58,9 @@ def test_import_loads_neither_zarr_nor_triton_and_costs_little_beside_torch() ->
     )
     runs = [
         json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout)
-        for _ in range(3)
+        for _ in range(5)
     ]
-    assert min(share for share, _ in runs) < 0.06  # .02 to .04: less than a tenth of a second where torch takes two
+    assert min(share for share, _ in runs) < 0.04  # a tenth of a second where torch itself takes two and a half
     assert all(loaded == [] for _, loaded in runs)
 
 
