@@ -7,11 +7,9 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -26,7 +24,6 @@ from gradsift.bindings.options import (
     Budget,
     ByAdam,
     Corrected,
-    Correction,
     CurvatureRows,
     Damping,
     Device,
@@ -50,11 +47,12 @@ from gradsift.bindings.options import (
     StoreDtype,
     StorePrecision,
     TrainedBy,
+    exact_method,
+    layers,
 )
 from gradsift.kernels.errors import DataError, GradsiftError
 
 if TYPE_CHECKING:
-    from gradsift.bindings.space import Space
     from gradsift.bindings.workspace import Workspace
 
 __all__ = ["app", "main"]
@@ -392,31 +390,6 @@ class _Notes(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         console = Console(stderr=True, highlight=False, soft_wrap=True)
         console.print(f"[yellow]note[/yellow]   {escape(self.format(record))}")
-
-
-def exact_method(method: Correction | None, exact: bool, scorer: str, space: Space) -> str | None:
-    """The correction that exact scores are taken along; None when there are none."""
-    if method is not None:
-        return method.value
-    if not exact:
-        return None
-    return "fisher" if scorer == "fisher" and space.store.curvature is not None else "none"
-
-
-def layers(modules: list[str] | None) -> str | list[str]:
-    """What --modules, given so often, selects."""
-    return "lora" if modules is None or modules == ["lora"] else modules
-
-
-@contextmanager
-def status() -> Iterator[Any]:
-    """What is being done now, on a terminal."""
-    console = Console(stderr=True)
-    if not sys.stderr.isatty():
-        yield lambda _: None
-        return
-    with console.status("") as status:
-        yield status.update
 
 
 def _workspace(store: Path, model: str | None, adapter: str | None, train: str | None, device: str | None) -> Workspace:

@@ -11,9 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from gradsift.bindings.describe import describe
-from gradsift.bindings.options import (
-    AsJson,
-)
+from gradsift.bindings.options import AsJson
 from gradsift.bindings.render import bytes_text
 from gradsift.engine.compaction.compact import BYTES, compact
 from gradsift.engine.compaction.measure import SHORTLIST, K, Recall

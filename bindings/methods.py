@@ -12,9 +12,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from gradsift.bindings.options import (
-    AsJson,
-)
+from gradsift.bindings.options import AsJson
 from gradsift.engine.curvature.registry import CORRECTIONS
 from gradsift.engine.methods import Method
 from gradsift.engine.scorers.registry import SCORERS

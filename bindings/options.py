@@ -1,12 +1,15 @@
-"""Options that several commands have, with what their help says."""
+"""Options that several commands have, with what their help says and what they select."""
 
 from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from gradsift.bindings.space import Space
 
 __all__ = [
     "AdamForm",
@@ -41,6 +44,8 @@ __all__ = [
     "StoreDtype",
     "StorePrecision",
     "TrainedBy",
+    "exact_method",
+    "layers",
 ]
 
 
@@ -192,3 +197,17 @@ HeldOut = Annotated[
 ]
 Seconds = Annotated[float, typer.Option(help="About how long the rankings may take.")]
 OtherData = Annotated[str | None, typer.Option("--train", help="Where the training data is now, if it moved.")]
+
+
+def exact_method(method: Correction | None, exact: bool, scorer: str, space: Space) -> str | None:
+    """The correction that exact scores are taken along; None when there are none."""
+    if method is not None:
+        return method.value
+    if not exact:
+        return None
+    return "fisher" if scorer == "fisher" and space.store.curvature is not None else "none"
+
+
+def layers(modules: list[str] | None) -> str | list[str]:
+    """What --modules, given so often, selects."""
+    return "lora" if modules is None or modules == ["lora"] else modules

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["LEGEND", "bar", "bytes_text", "coloured", "facts", "number", "table", "ticking"]
+__all__ = ["LEGEND", "bar", "bytes_text", "coloured", "facts", "number", "status", "table", "ticking"]
 
 LEGEND = Text.assemble(
     ("green", "black on green"), " pulls the query's loss down, ", ("red", "black on red"), " pushes it up"
@@ -132,6 +132,17 @@ def ticking(what: str) -> Iterator[Callable[..., None]]:
             progress.update(task, completed=done, total=total, description=what)
 
         yield tick
+
+
+@contextmanager
+def status() -> Iterator[Any]:
+    """What is being done now, on a terminal."""
+    console = Console(stderr=True)
+    if not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    with console.status("") as status:
+        yield status.update
 
 
 def bytes_text(size: float) -> str:

@@ -10,16 +10,9 @@ import numpy as np
 import typer
 from rich.console import Console
 
-from gradsift.bindings.cli import layers, status
 from gradsift.bindings.dispatch import OfKind
-from gradsift.bindings.options import (
-    AsJson,
-    Device,
-    Kind,
-    ModelKind,
-    Precision,
-    Seconds,
-)
+from gradsift.bindings.options import AsJson, Device, Kind, ModelKind, Precision, Seconds, layers
+from gradsift.bindings.render import status
 from gradsift.kernels.errors import DataError
 
 if TYPE_CHECKING:

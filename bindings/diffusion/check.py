@@ -11,16 +11,9 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from gradsift.bindings.cli import layers, status
 from gradsift.bindings.diffusion.command import DenoiserPrecision, Dim, Layers, Lora, PipelinePath, Seed
-from gradsift.bindings.options import (
-    AsJson,
-    Device,
-    Kind,
-    ModelKind,
-    Precision,
-    Seconds,
-)
+from gradsift.bindings.options import AsJson, Device, Kind, ModelKind, Precision, Seconds, layers
+from gradsift.bindings.render import status
 
 __all__ = ["app"]
 

@@ -12,7 +12,6 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from gradsift.bindings.cli import exact_method, layers
 from gradsift.bindings.options import (
     AsJson,
     Budget,
@@ -36,6 +35,8 @@ from gradsift.bindings.options import (
     Store,
     StoreDtype,
     StorePrecision,
+    exact_method,
+    layers,
 )
 from gradsift.kernels.errors import DataError
 
