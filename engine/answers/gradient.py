@@ -13,7 +13,7 @@ from torch.func import functional_call
 from gradsift.engine.capture.maps import Modules, parameters_of
 from gradsift.kernels.errors import CaptureError
 
-__all__ = ["gradient", "state_names"]
+__all__ = ["backward", "gradient", "state_names"]
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,20 @@ def gradient(
     Raises:
         CaptureError: no captured parameter is reached; or ``modules`` selects nothing that can be captured.
     """
-    captured = parameters_of(model, modules)
+    return backward(model, batch, loss_fn, parameters_of(model, modules))
+
+
+def backward(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    loss_fn: Callable[[nn.Module, Mapping[str, Any]], Tensor],
+    captured: Mapping[str, nn.Parameter],
+) -> dict[str, Tensor]:
+    """``gradient`` for parameters that have been found: finding them takes as long as a small model's forward pass.
+
+    Args:
+        captured: canonical name -> parameter, as of ``parameters_of``.
+    """
     names = state_names(model, captured)
     stand_ins = {
         name: parameter.detach().requires_grad_(parameter.requires_grad)

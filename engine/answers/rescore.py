@@ -85,8 +85,9 @@ def rescore(
         ShapeError: v is zero or not finite, losses have no axis of tokens or positions, or a score is not finite.
         BackendError: "central" on half precision; or no forward derivative of an operation of the model.
     """
-    _some_positive([_norm(v)])
-    tokens = _derivatives(model, batch, token_losses, v, method, modules)
+    along = _Along(model, token_losses, v, modules)
+    _some_positive([along.length])
+    tokens = along.derivatives(batch, method)
     return Exact(_finite(tokens.flatten(1).sum(dim=1)), tokens)
 
 
@@ -148,8 +149,9 @@ class Rescorer:
         """
         parts = self._parts(query)
         _some_positive([part.length for part in parts])
+        tried = [_Tried(part, self.method) for part in parts]
         batches = [
-            torch.stack([part(batch) for part in parts], dim=1) for batch in self.fetch([int(row) for row in rows])
+            torch.stack([part(batch) for part in tried], dim=1) for batch in self.fetch([int(row) for row in rows])
         ]
         tokens = torch.cat(pad_alike(batches)) if batches else torch.zeros(0, len(parts), 0)
         scores = _finite(tokens.flatten(2).sum(dim=2))
@@ -167,36 +169,76 @@ class Rescorer:
                 "give both per part or neither"
             )
         if isinstance(v, Mapping):
-            return [_Along(self, cast(TokenLosses, self.token_losses), v)]
+            return [_Along(self.model, cast(TokenLosses, self.token_losses), v, self.modules)]
         losses = cast(Sequence[TokenLosses], self.token_losses)
         if len(losses) != len(v):
             raise ShapeError(
                 f"a rescorer got token losses of {len(losses)} parts but {len(v)} vectors of query {query}: "
                 "give one per part, in the order of the loss's parts"
             )
-        return [_Along(self, of_part, along) for of_part, along in zip(losses, v, strict=True)]
+        return [_Along(self.model, of_part, along, self.modules) for of_part, along in zip(losses, v, strict=True)]
 
 
 class _Along:
-    """Losses along one vector, batch after batch, by a method that the first batch has tried."""
+    """Derivatives of losses along one vector, batch after batch; arguments as of ``rescore``."""
 
-    def __init__(self, rescorer: Rescorer, token_losses: TokenLosses, v: Vector):
-        self._rescorer, self._token_losses, self._v = rescorer, token_losses, v
+    def __init__(self, model: nn.Module, token_losses: TokenLosses, v: Vector, modules: Modules):
         self.length = _norm(v)
-        half = _half_precision(rescorer.model)
-        self._method: Method = "forward" if rescorer.method == "auto" and half is not None else rescorer.method
+        parameters = parameters_of(model, modules)
+        _fits(parameters, v)
+        self._model, self._call = model, Losses(model, token_losses)
+        names = {name: f"model.{plain}" for name, plain in state_names(model, parameters).items()}
+        self._weights = {names[name]: p.detach() for name, p in parameters.items()}
+        self._direction = {
+            names[name]: _shortened(v[name], self.length).to(p.device, p.dtype) for name, p in parameters.items()
+        }
+
+    @property
+    def half(self) -> torch.dtype | None:
+        """The half precision that the model computes in, if it does."""
+        return _half_precision(self._model)
+
+    def derivatives(self, batch: Mapping[str, Any], method: Method, step: float = STEP) -> Tensor:
+        """Of a batch, float64, shaped as its losses."""
+        if method not in ("auto", "forward", "central"):
+            raise SpecError(f"method is {method!r}, expected 'auto', 'forward' or 'central'")
+        half = self.half
+        if method == "central" and half is not None:
+            raise BackendError(
+                f"the model computes in {half}, whose rounding hides a central difference: use method='forward', or "
+                "load the model in float32"
+            )
+        with evaluating(self._model), torch.no_grad():
+            if half is not None or method == "forward":
+                tokens = forward_mode(self._call, batch, self._weights, self._direction)
+            else:
+                tokens = central(self._call, batch, self._weights, self._direction, step)
+        if tokens.ndim < 2:
+            raise ShapeError(
+                f"token losses have shape {tuple(tokens.shape)}, expected (examples, tokens) or (examples, height, "
+                "width): give the loss's token_losses"
+            )
+        return self.length * tokens.to("cpu", torch.float64)
+
+
+class _Tried:
+    """Derivatives by a method that the first batch has tried."""
+
+    def __init__(self, along: _Along, method: Method):
+        self._along = along
+        self._method: Method = "forward" if method == "auto" and along.half is not None else method
 
     def __call__(self, batch: Mapping[str, Any]) -> Tensor:
         """Derivatives of a batch, shaped as its losses."""
         if self._method != "auto":
-            return self._derivatives(batch, self._method)
-        tokens, twice = (self._derivatives(batch, "central", step) for step in (STEP, 2 * STEP))
+            return self._along.derivatives(batch, self._method)
+        tokens, twice = (self._along.derivatives(batch, "central", step) for step in (STEP, 2 * STEP))
         self._method = "central"
         apart, largest = float((twice - tokens).abs().max()), float(tokens.abs().max())
         if apart <= _APART * largest:
             return tokens
         try:
-            exact = self._derivatives(batch, "forward")
+            exact = self._along.derivatives(batch, "forward")
         except BackendError as error:
             logger.warning(
                 "exact scores may be off by %.1g of the largest: central differences change with their step, and %s",
@@ -206,10 +248,6 @@ class _Along:
             return tokens
         self._method = "forward"
         return exact
-
-    def _derivatives(self, batch: Mapping[str, Any], method: Method, step: float = STEP) -> Tensor:
-        model, modules = self._rescorer.model, self._rescorer.modules
-        return _derivatives(model, batch, self._token_losses, self._v, method, modules, step)
 
 
 def pad_alike(parts: Sequence[Tensor]) -> list[Tensor]:
@@ -224,44 +262,6 @@ def pad_alike(parts: Sequence[Tensor]) -> list[Tensor]:
         functional.pad(part, [n for axis in reversed(ends) for n in (0, axis)])
         for part, ends in zip(parts, missing, strict=True)
     ]
-
-
-def _derivatives(
-    model: nn.Module,
-    batch: Mapping[str, Any],
-    token_losses: TokenLosses,
-    v: Vector,
-    method: Method,
-    modules: Modules,
-    step: float = STEP,
-) -> Tensor:
-    """Derivatives of all losses along v, float64, shaped as the losses; arguments as of ``rescore``."""
-    if method not in ("auto", "forward", "central"):
-        raise SpecError(f"method is {method!r}, expected 'auto', 'forward' or 'central'")
-    parameters = parameters_of(model, modules)
-    _fits(parameters, v)
-    length = _norm(v)
-    half = _half_precision(model)
-    if method == "central" and half is not None:
-        raise BackendError(
-            f"the model computes in {half}, whose rounding hides a central difference: use method='forward', or load "
-            "the model in float32"
-        )
-    call = Losses(model, token_losses)
-    names = {name: f"model.{plain}" for name, plain in state_names(model, parameters).items()}
-    weights = {names[name]: parameter.detach() for name, parameter in parameters.items()}
-    direction = {names[name]: _shortened(v[name], length).to(p.device, p.dtype) for name, p in parameters.items()}
-    with evaluating(model), torch.no_grad():
-        if half is not None or method == "forward":
-            tokens = forward_mode(call, batch, weights, direction)
-        else:
-            tokens = central(call, batch, weights, direction, step)
-    if tokens.ndim < 2:
-        raise ShapeError(
-            f"token losses have shape {tuple(tokens.shape)}, expected (examples, tokens) or (examples, height, width): "
-            "give the loss's token_losses"
-        )
-    return length * tokens.to("cpu", torch.float64)
 
 
 def _shortened(t: Tensor, length: float) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gradsift.engine.answers.directional import Losses, forward_mode
-from gradsift.engine.answers.gradient import gradient, state_names
+from gradsift.engine.answers.gradient import backward, state_names
 from gradsift.engine.answers.rescore import Method, Rescorer
 from gradsift.engine.capture.capture import LossFunction
 from gradsift.engine.capture.frozen import evaluating
@@ -140,4 +140,4 @@ class Products:
 
     def _backward(self, batch: Mapping[str, Any], loss_fn: LossFunction) -> Tensor:
         with evaluating(self.model):
-            return self.flat.join(gradient(self.model, batch, loss_fn, self.modules))
+            return self.flat.join(backward(self.model, batch, loss_fn, self.parameters))
