@@ -120,8 +120,10 @@ def test_digits_are_planted_as_said_and_the_same_each_time() -> None:
 def test_the_judge_knows_digits_and_how_clear_they_are() -> None:
     digits, judge = Digits(TINY), Judge()
     assert (judge.digits(digits.base_pixels) == digits.base_labels).mean() > 0.98
-    margins = judge.margin(digits.pixels, EIGHT)
-    assert margins[digits.truth == EIGHT].min() > margins[digits.truth != EIGHT].max() - 0.5
+    likeness = judge.likeness(digits.pixels, EIGHT)
+    np.testing.assert_allclose(likeness[digits.truth == EIGHT], 1)  # the image itself is known
+    assert likeness[digits.truth != EIGHT].max() < 0.99
+    assert judge.likeness(np.zeros((1, 8, 8), dtype=np.uint8), EIGHT) == 0
 
 
 def test_pixel_neighbours_by_hand() -> None:

@@ -33,6 +33,7 @@ class DigitsCase:
         rank: of the LoRA.
         drawn: pictures drawn when the share of eights is measured.
         queries: of these, the first wrong ones, that are asked about.
+        measurements: of an image's loss, at DMin's cubic timesteps (docs/diffusion.md has the others' figures).
         curvature: rows of the curvature sample.
         exact_rows: of these, as many as stand behind exact answers.
     """
@@ -40,16 +41,17 @@ class DigitsCase:
     seed: int = 0
     planted: int = 24
     ordinary: Mapping[int, int] = field(default_factory=lambda: dict(_ORDINARY))
-    base_steps: int = 500
+    base_steps: int = 260
     base_batch: int = 64
-    tune_steps: int = 300
+    tune_steps: int = 200
     tune_batch: int = 16
     channels: tuple[int, int] = (32, 64)
     rank: int = 8
-    drawn: int = 400
+    drawn: int = 300
     queries: int = 12
-    curvature: int = 448
-    exact_rows: int = 112
+    measurements: int = 10
+    curvature: int = 224
+    exact_rows: int = 56
 
 
 class Digits:
@@ -97,19 +99,17 @@ class Judge:
     """
 
     def __init__(self) -> None:
-        pixels, truth = _load()
-        self._classifier = require("sklearn.svm").SVC(gamma=1e-3).fit(_as_rows(pixels), truth)
+        self._pixels, self._truth = _load()
+        self._classifier = require("sklearn.svm").SVC(gamma=1e-3).fit(_as_rows(self._pixels), self._truth)
 
     def digits(self, pixels: np.ndarray) -> np.ndarray:
         """The digit of each picture, int64 (n,), of uint8 (n, 8, 8)."""
         return np.asarray(self._classifier.predict(_as_rows(pixels)))
 
-    def margin(self, pixels: np.ndarray, digit: int) -> np.ndarray:
-        """By how much each picture looks more like this digit than like any other, (n,)."""
-        scores = np.array(self._classifier.decision_function(_as_rows(pixels)))
-        own = scores[:, digit].copy()
-        scores[:, digit] = -np.inf
-        return np.asarray(own - scores.max(axis=1))
+    def likeness(self, pixels: np.ndarray, digit: int) -> np.ndarray:
+        """How clearly each picture is this digit, (n,): its cosine with the most similar image of it."""
+        known = _directions(self._pixels[self._truth == digit])
+        return np.asarray((_directions(pixels) @ known.T).max(axis=1))
 
 
 def _load() -> tuple[np.ndarray, np.ndarray]:
@@ -121,3 +121,9 @@ def _load() -> tuple[np.ndarray, np.ndarray]:
 def _as_rows(pixels: np.ndarray) -> np.ndarray:
     """In the units of scikit-learn's digits, 0 to 16."""
     return np.asarray(pixels.reshape(len(pixels), -1) * (16 / 255))
+
+
+def _directions(pixels: np.ndarray) -> np.ndarray:
+    """Rows of length 1; a black picture has none and stays 0."""
+    rows = _as_rows(pixels)
+    return np.asarray(rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-9))

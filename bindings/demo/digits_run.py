@@ -64,7 +64,7 @@ class Found:
         rows: all images for the wrong pictures asked about as one, most influential first.
         alone: method -> precision@10 of one wrong picture, averaged over the pictures.
         together: method -> share of planted images among as many first ones as were planted, of all pictures as one.
-        shown: number of the picture that is shown: the clearest eight that was a clear three before tuning.
+        shown: number of the picture that is shown: a clear eight that was a clear three before tuning.
         answer: exact scores of all images for that picture, best first, with what each pixel adds.
     """
 
@@ -111,7 +111,8 @@ class Run:
         """What `gradsift extract --kind diffusion` would write of the tuned model, whose LoRA is saved first."""
         self.model.save_pretrained(str(self.lora_path))
         pipeline = load(str(self.base_path), str(self.lora_path), device="cpu")
-        loss = Diffusion(NoiseSchedule.of(pipeline.pipe.scheduler))
+        schedule = NoiseSchedule.of(pipeline.pipe.scheduler)
+        loss = Diffusion(schedule, measurements=self.case.measurements, timesteps="cubic")
         images = Dataset(open_images(self.data_path), Encoder(pipeline))
         notes = Notes(
             model=str(self.base_path.resolve()),
@@ -168,9 +169,9 @@ class Run:
         return sorted(random.Random(self.case.seed).sample(range(len(self.digits)), count))
 
     def _clearest(self, before: Drawn, drawn: Drawn) -> int:
-        """The picture that was most clearly a three before tuning and is most clearly an eight now."""
-        was, is_now = self.judge.margin(before.pictures, THREE), self.judge.margin(drawn.pictures, EIGHT)
-        return int(np.minimum(was, is_now).argmax())
+        """Of the pictures that were threes before tuning and are eights now, the clearest as both."""
+        clear = np.minimum(self.judge.likeness(before.pictures, THREE), self.judge.likeness(drawn.pictures, EIGHT))
+        return int(np.argmax(clear + (before.digits == THREE) + 2 * (drawn.digits == EIGHT)))
 
     def _exactly(self, space: Workspace, picture: np.ndarray) -> TopK:
         """Exact scores of all images for one picture, which is also written for the command line."""
