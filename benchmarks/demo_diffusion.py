@@ -35,8 +35,6 @@ from gradsift.bindings.hush import hush
 
 RESULTS = Path(__file__).parent / "results" / "demo_diffusion.csv"
 
-CURVATURE = 224
-
 
 @dataclass(frozen=True)
 class Way:
@@ -85,7 +83,7 @@ def scores_of(run: Run, pipeline: Any, way: Way, wrong: Any) -> Iterator[tuple[s
                 loss,
                 Path(folder) / "digits.zarr",
                 spec=way.spec,
-                curvature=0 if parts else CURVATURE,
+                curvature=0 if parts else run.case.curvature,
                 progress=False,
             )
             features = gs.Capture(pipeline.denoiser, store.spec)(query, loss)

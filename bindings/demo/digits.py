@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 
+from gradsift.bindings.demo.baselines import neighbours
 from gradsift.engine.extras import require
 
 __all__ = ["EIGHT", "THREE", "Digits", "DigitsCase", "Judge"]
@@ -108,8 +110,8 @@ class Judge:
 
     def likeness(self, pixels: np.ndarray, digit: int) -> np.ndarray:
         """How clearly each picture is this digit, (n,): its cosine with the most similar image of it."""
-        known = _directions(self._pixels[self._truth == digit])
-        return np.asarray((_directions(pixels) @ known.T).max(axis=1))
+        known, asked = (torch.from_numpy(_as_rows(some)) for some in (self._pixels[self._truth == digit], pixels))
+        return np.asarray(neighbours(known, asked).max(axis=1))
 
 
 def _load() -> tuple[np.ndarray, np.ndarray]:
@@ -121,9 +123,3 @@ def _load() -> tuple[np.ndarray, np.ndarray]:
 def _as_rows(pixels: np.ndarray) -> np.ndarray:
     """In the units of scikit-learn's digits, 0 to 16."""
     return np.asarray(pixels.reshape(len(pixels), -1) * (16 / 255))
-
-
-def _directions(pixels: np.ndarray) -> np.ndarray:
-    """Rows of length 1; a black picture has none and stays 0."""
-    rows = _as_rows(pixels)
-    return np.asarray(rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-9))

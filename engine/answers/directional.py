@@ -14,9 +14,10 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from gradsift.engine.answers.gradient import state_names
 from gradsift.kernels.errors import BackendError
 
-__all__ = ["Losses", "TokenLosses", "Vector", "central", "forward_mode"]
+__all__ = ["Losses", "TokenLosses", "Vector", "central", "directed", "forward_mode"]
 
 TokenLosses = Callable[[nn.Module, Mapping[str, Any]], Tensor]
 Vector = Mapping[str, Tensor]
@@ -40,6 +41,23 @@ class Losses(nn.Module):
         """
         hold: Callable[..., Mapping[str, Any]] | None = getattr(self.token_losses, "hold", None)
         return batch if hold is None else hold(self.model, batch)
+
+
+def directed(
+    model: nn.Module, parameters: Mapping[str, nn.Parameter], v: Vector, length: float
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weights, and v over its length in their dtypes, by the names that ``Losses`` of the model knows them by.
+
+    Divided before it is rounded: no v is then too long or too short for a model in half precision.
+
+    Args:
+        parameters, v: by canonical names.
+        length: of v; 0 leaves v as it is.
+    """
+    names = {name: f"model.{plain}" for name, plain in state_names(model, parameters).items()}
+    weights = {names[name]: p.detach() for name, p in parameters.items()}
+    direction = {names[name]: _shortened(v[name], length).to(p.device, p.dtype) for name, p in parameters.items()}
+    return weights, direction
 
 
 def central(call: Losses, batch: Mapping[str, Any], weights: Vector, direction: Vector, step: float) -> Tensor:
@@ -83,6 +101,10 @@ def forward_mode(call: Losses, batch: Mapping[str, Any], weights: Vector, direct
             "attn_implementation='eager' or 'sdpa'"
         ) from error
     return torch.zeros_like(losses) if tangent is None else tangent
+
+
+def _shortened(t: Tensor, length: float) -> Tensor:
+    return t.detach().to(torch.promote_types(t.dtype, torch.float32)) / (length or 1.0)
 
 
 class _Contiguous(TorchFunctionMode):

@@ -51,7 +51,7 @@ def backward(
     loss_fn: Callable[[nn.Module, Mapping[str, Any]], Tensor],
     captured: Mapping[str, nn.Parameter],
 ) -> dict[str, Tensor]:
-    """``gradient`` for parameters that have been found: finding them takes as long as a small model's forward pass.
+    """``gradient`` for parameters that have been found: finding them again for every batch is felt on small models.
 
     Args:
         captured: canonical name -> parameter, as of ``parameters_of``.

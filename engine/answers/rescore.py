@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gradsift.engine.answers.directional import Losses, TokenLosses, Vector, central, forward_mode
-from gradsift.engine.answers.gradient import state_names
+from gradsift.engine.answers.directional import Losses, TokenLosses, Vector, central, directed, forward_mode
 from gradsift.engine.capture.frozen import evaluating
 from gradsift.engine.capture.maps import Modules, parameters_of
 from gradsift.kernels.errors import BackendError, ShapeError, SpecError
@@ -85,7 +84,7 @@ def rescore(
         ShapeError: v is zero or not finite, losses have no axis of tokens or positions, or a score is not finite.
         BackendError: "central" on half precision; or no forward derivative of an operation of the model.
     """
-    along = _Along(model, token_losses, v, modules)
+    along = _Along(model, token_losses, v, parameters_of(model, modules))
     _some_positive([along.length])
     tokens = along.derivatives(batch, method)
     return Exact(_finite(tokens.flatten(1).sum(dim=1)), tokens)
@@ -168,30 +167,33 @@ class Rescorer:
                 "a rescorer got token losses for each part but one vector per query, or the other way round: "
                 "give both per part or neither"
             )
+        parameters = parameters_of(self.model, self.modules)
         if isinstance(v, Mapping):
-            return [_Along(self.model, cast(TokenLosses, self.token_losses), v, self.modules)]
+            return [_Along(self.model, cast(TokenLosses, self.token_losses), v, parameters)]
         losses = cast(Sequence[TokenLosses], self.token_losses)
         if len(losses) != len(v):
             raise ShapeError(
                 f"a rescorer got token losses of {len(losses)} parts but {len(v)} vectors of query {query}: "
                 "give one per part, in the order of the loss's parts"
             )
-        return [_Along(self.model, of_part, along, self.modules) for of_part, along in zip(losses, v, strict=True)]
+        return [_Along(self.model, of_part, along, parameters) for of_part, along in zip(losses, v, strict=True)]
 
 
 class _Along:
-    """Derivatives of losses along one vector, batch after batch; arguments as of ``rescore``."""
+    """Derivatives of losses along one vector, batch after batch.
 
-    def __init__(self, model: nn.Module, token_losses: TokenLosses, v: Vector, modules: Modules):
+    Args:
+        model, token_losses, v: as of ``rescore``.
+        parameters: the captured ones, as of ``parameters_of``.
+    """
+
+    def __init__(
+        self, model: nn.Module, token_losses: TokenLosses, v: Vector, parameters: Mapping[str, nn.Parameter]
+    ) -> None:
         self.length = _norm(v)
-        parameters = parameters_of(model, modules)
         _fits(parameters, v)
         self._model, self._call = model, Losses(model, token_losses)
-        names = {name: f"model.{plain}" for name, plain in state_names(model, parameters).items()}
-        self._weights = {names[name]: p.detach() for name, p in parameters.items()}
-        self._direction = {
-            names[name]: _shortened(v[name], self.length).to(p.device, p.dtype) for name, p in parameters.items()
-        }
+        self._weights, self._direction = directed(model, parameters, v, self.length)
 
     @property
     def half(self) -> torch.dtype | None:
@@ -262,11 +264,6 @@ def pad_alike(parts: Sequence[Tensor]) -> list[Tensor]:
         functional.pad(part, [n for axis in reversed(ends) for n in (0, axis)])
         for part, ends in zip(parts, missing, strict=True)
     ]
-
-
-def _shortened(t: Tensor, length: float) -> Tensor:
-    """A part of a vector over the vector's length: no v is then too long or too short for a model in half precision."""
-    return t.detach().to(torch.promote_types(t.dtype, torch.float32)) / (length or 1.0)
 
 
 def _fits(parameters: Mapping[str, nn.Parameter], v: Vector) -> None:

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gradsift.engine.answers.directional import Losses, forward_mode
-from gradsift.engine.answers.gradient import backward, state_names
+from gradsift.engine.answers.directional import Losses, directed, forward_mode
+from gradsift.engine.answers.gradient import backward
 from gradsift.engine.answers.rescore import Method, Rescorer
 from gradsift.engine.capture.capture import LossFunction
 from gradsift.engine.capture.frozen import evaluating
@@ -109,11 +109,8 @@ class Products:
             BackendError: an operation of the model has no forward derivative.
         """
         hook = self.curved_loss()
-        names = {name: f"model.{plain}" for name, plain in state_names(self.model, self.parameters).items()}
-        weights = {names[name]: p.detach() for name, p in self.parameters.items()}
         length = float(torch.linalg.vector_norm(u)) or 1.0
-        pieces = self.flat.split(u / length)  # of length 1: see ``combine``
-        direction = {names[name]: pieces[name].to(p.device, p.dtype) for name, p in self.parameters.items()}
+        weights, direction = directed(self.model, self.parameters, self.flat.split(u), length)
         outputs = Losses(self.model, lambda model, batch: hook(model, batch)[0])
         total = torch.zeros(self.flat.size, dtype=torch.float64)
         for batch in self.batches:
