@@ -16,9 +16,12 @@ from stores import features
 
 import gradsift as gs
 from gradsift.engine.answers.scan import scan
+from gradsift.engine.compaction.axes import principal_axes
 from gradsift.engine.compaction.codes import BITS, decode, encode, expand, signs
 from gradsift.engine.compaction.finder import Finder
 from gradsift.engine.compaction.measure import Recall
+from gradsift.engine.compaction.units import units_of
+from gradsift.engine.curvature.fisher import Fisher
 from gradsift.engine.extraction.progress import Update
 
 N, DIM = 1500, 128
@@ -60,6 +63,31 @@ def test_codes_say_what_they_stand_for(bits: int) -> None:
     asked = np.random.default_rng(0).standard_normal((3, 64))
     one_bit = (expand(asked, bits) @ signs(codes).astype(np.float64).T) * scale
     assert np.abs(one_bit - asked @ plain.T).max() <= 1e-5 * np.abs(one_bit).max()
+
+
+@pytest.mark.parametrize("n", [40, 300])  # fewer rows than numbers, and more
+@pytest.mark.parametrize("fisher", [False, True])
+def test_axes_are_the_principal_ones(tmp_path: Path, n: int, fisher: bool) -> None:
+    dim, held = 64, [1, 5]
+    rows, sample = low_rank(n, dim).double(), low_rank(200, dim, seed=1).double()
+    weights = torch.linspace(0.5, 2, n, dtype=torch.float64)
+    store = write_store(tmp_path / "a.zarr", rows.float(), curvature=sample.float(), block=16)
+    found = principal_axes(store, units_of(store), 20, held, weights, fisher)
+
+    used = np.delete(rows.float().double().numpy() * weights.numpy()[:, None], held, axis=0)
+    matrix = np.eye(dim)
+    if fisher:
+        f = Fisher(sample.float(), examples=n)
+        matrix = (f.rows.double().T @ f.rows.double() / 200).numpy() + f.damping * np.eye(dim)
+    factor = np.linalg.cholesky(matrix)
+    whitened = np.linalg.solve(factor, used.T)
+    values, vectors = np.linalg.eigh(whitened @ whitened.T / len(used))
+    axes = vectors[:, ::-1][:, :20]
+    assert len(found) == 20 and found.metric == ("fisher" if fisher else "rows")
+    assert np.allclose(found.variance, values[::-1][:20], rtol=1e-5)  # the moment of many rows is in float32
+    assert np.allclose(found.encode.T @ found.decode, np.eye(20), atol=1e-9)
+    kept = np.abs(np.linalg.solve(factor, found.decode.numpy()).T @ axes)
+    assert np.allclose(kept, np.eye(20), atol=2e-3)
 
 
 @pytest.mark.parametrize(("bits", "distortion"), [(1, 0.37), (2, 0.12), (4, 0.0116), (8, 0.0002)])
@@ -185,6 +213,20 @@ def test_held_out_rows_leave_no_trace_in_the_axes(
     other = write_store(tmp_path / "b.zarr", rows, curvature=train.curvature, norms=torch.ones(N))
     axes = gs.compact(other, tmp_path / "b.compact", bytes=36, progress=False).axes_maps
     assert torch.equal(axes.encode, small.axes_maps.encode)
+
+
+def test_of_few_rows_the_held_out_ones_are_coded_as_well_as_the_others(tmp_path: Path) -> None:
+    rows = low_rank(100, DIM, noise=2.0)
+    store = write_store(tmp_path / "a.zarr", rows, curvature=low_rank(300, DIM, seed=1))
+    seen: list[Recall] = []
+    made = gs.compact(store, tmp_path / "a.compact", bytes=128, report=seen.append, progress=False)
+    about = made.metadata["compacted"]
+    held = rows[about["held"]]
+    assert about["outside"] > 0.2
+    assert made.axes_maps.outside(held) < about["outside"] / 4
+    assert made.bytes == seen[0].bytes == about["recall"]["bytes"]
+    others = np.delete(np.arange(100), about["held"])
+    assert made.axes_maps.outside(held) < 3 * made.axes_maps.outside(rows[others]) + 0.01
 
 
 def test_the_smallest_size_that_reaches_a_recall(

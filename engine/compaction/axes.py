@@ -116,13 +116,12 @@ def principal_axes(
     sampled = None if curvature is None else units.fold(curvature)
     encodes, decodes, variances = [], [], []
     for checkpoint in range(units.count):
-        moment = _moment(store, units, checkpoint, set(held), weights)
         factor = None
         if sampled is not None:
             factor = _factor(Fisher(sampled[:, checkpoint], examples=len(store)))
-            half = torch.linalg.solve_triangular(factor, moment, upper=False)
-            moment = torch.linalg.solve_triangular(factor, half.T.contiguous(), upper=False)
-        values, vectors = torch.linalg.eigh((moment + moment.T) / 2)
+        rows = _rows(store, units, checkpoint, set(held), weights)
+        few = len(store) - len(held) < store.features.shape[-1]
+        values, vectors = _spectrum_of_few(rows, factor) if few else _spectrum(rows, factor)
         values, vectors = values.flip(0)[:most], vectors.flip(1)[:, :most]
         variances.append(values)
         if factor is None:
@@ -140,20 +139,38 @@ def principal_axes(
     return Principal(encode, decode, values[order], "rows" if sampled is None else "fisher")
 
 
-def _moment(store: FeatureStore, units: Units, checkpoint: int, held: set[int], weights: Tensor | None) -> Tensor:
-    """Mean outer product of the rows at one checkpoint."""
+def _rows(
+    store: FeatureStore, units: Units, checkpoint: int, held: set[int], weights: Tensor | None
+) -> Iterator[Tensor]:
+    """Blocks of the rows at one checkpoint."""
+    for first, block in store.blocks():
+        part = units.fold(block)[:, checkpoint]
+        if weights is not None:
+            part = part * weights[first : first + len(part), None].to(part.dtype)
+        kept = [i for i in range(len(part)) if first + i not in held]
+        if kept:
+            yield part if len(kept) == len(part) else part[kept]
 
-    def rows() -> Iterator[Tensor]:
-        for first, block in store.blocks():
-            part = units.fold(block)[:, checkpoint]
-            if weights is not None:
-                part = part * weights[first : first + len(part), None].to(part.dtype)
-            kept = [i for i in range(len(part)) if first + i not in held]
-            if kept:
-                yield part if len(kept) == len(part) else part[kept]
 
-    total, count = second_moment(rows())
-    return total / count
+def _spectrum(rows: Iterator[Tensor], factor: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Variances of rows, or of L^-1 x, and the axes they are along, (dim, dim); ascending."""
+    total, count = second_moment(rows)
+    moment = total / count
+    if factor is not None:
+        half = torch.linalg.solve_triangular(factor, moment, upper=False)
+        moment = torch.linalg.solve_triangular(factor, half.T.contiguous(), upper=False)
+    values, vectors = torch.linalg.eigh((moment + moment.T) / 2)
+    return values, vectors
+
+
+def _spectrum_of_few(rows: Iterator[Tensor], factor: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The same from rows' inner products, which are fewer than those of their numbers; axes (dim, rows)."""
+    columns = torch.cat([block.to(torch.float64) for block in rows]).T
+    if factor is not None:
+        columns = torch.linalg.solve_triangular(factor, columns, upper=False)
+    values, mixed = torch.linalg.eigh(columns.T @ columns / columns.shape[1])
+    length = (values * columns.shape[1]).clamp_min(torch.finfo(torch.float64).tiny).sqrt()
+    return values, columns @ mixed / length
 
 
 def _factor(fisher: Fisher) -> Tensor:

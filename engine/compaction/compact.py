@@ -64,7 +64,8 @@ def compact(
     Rows are projected on their principal axes, half whitened, rotated at random and coded in a few bits per number with
     a scale each. Parts that are one gradient (timesteps, groups) are summed first, as "dot" and "fisher" do.
     Recall of the whole sketch's best 10 rows is measured before anything is written, and kept in
-    ``metadata["compacted"]["recall"]``.
+    ``metadata["compacted"]["recall"]``. It is that of rows held out of the axes; where there are fewer rows than
+    numbers in each, what is written has as many axes, but of all rows.
 
     Args:
         path: a new folder; it appears whole or not at all.
@@ -118,6 +119,12 @@ def compact(
                 f"below {recall:g}: ask for less, or keep the whole store"
             )
         outside = coding.axes.outside(units.fold(torch.from_numpy(store.features[held])).flatten(1))
+        if len(store) < store.features.shape[-1]:  # few rows span no others: the held ones would be coded badly
+            with _stage(shown, "axes of all rows", len(store)) as tick:
+                every = principal_axes(store, units, most, (), weights, question.name == "fisher")
+                tick(len(store))
+            if len(every) >= len(coding.axes):
+                coding = Coding(every.keep(len(coding.axes)), coding.bits, coding.bytes)
         about = About(
             source=str(Path(store.path).resolve()),
             bytes=coding.bytes,

@@ -37,8 +37,8 @@ class About:
         scorer: whose answers were to survive.
         block: rows per chunk.
         width: numbers of a row that the axes were taken of: checkpoints times dim.
-        held: rows that the axes were not taken of.
-        outside: the share of the held rows' squared length that lies outside the axes.
+        held: rows that the axes behind ``recall`` were not taken of; of few rows, those that are kept were.
+        outside: the share of the held rows' squared length that lies outside axes without them.
         recall: what was measured before writing, see ``Recall``.
     """
 

@@ -11,11 +11,12 @@ import numpy as np
 from gradsift.engine.fidelity.bench import EXACT, Bench, Rows
 from gradsift.engine.fidelity.corrected import corrected_scores
 from gradsift.engine.fidelity.exact import By, ExactFisher
+from gradsift.engine.fidelity.recall import best_rows
 from gradsift.engine.scorers.protocol import name_of
+from gradsift.kernels.errors import DataError
 from gradsift.kernels.spec import SketchSpec
 
-__all__ = ["Candidate", "alone", "coded", "corrected", "exact", "exact_fisher", "sketched"]
-
+__all__ = ["Candidate", "alone", "coded", "corrected", "decided", "exact", "exact_fisher", "sketched"]
 
 _DRAWN = 2
 """Labels per example behind a correction: EK-FAC averages over all positions anyway."""
@@ -34,6 +35,7 @@ class Candidate:
         suspicion: ``suspicion(bench) -> (n,)``, higher = more likely mislabelled; less than the mean score for the
             queries unless given.
         method: the name in `gradsift methods` of what it measures; None for baselines.
+        partial: only its best examples are an answer, so its scores are not to be summed.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Candidate:
     truth: Candidate | None = None
     suspicion: Callable[[Bench], np.ndarray] | None = None
     method: str | None = None
+    partial: bool = False
 
 
 def exact(scorer: str) -> Candidate:
@@ -141,6 +144,21 @@ def coded(scorer: str, dim: int, size: int, damping: float | None = None, truth:
     )
 
 
+def decided(found: Candidate, truth: Candidate, listed: int = 100) -> Candidate:
+    """The answer of two stages: one method finds so many examples, exact scores put them in order."""
+
+    def scores(bench: Bench) -> np.ndarray:
+        own, true = _scores(found, bench), _scores(truth, bench)
+        best = best_rows(own, min(listed, own.shape[1]))
+        order = np.take_along_axis(true, best, axis=1)
+        mixed = own - own.max(axis=1, keepdims=True) + order.min(axis=1, keepdims=True)  # the others come after
+        np.put_along_axis(mixed, best, order, axis=1)
+        return mixed
+
+    name = f"{found.name}, {listed} exact"
+    return Candidate(name, found.family, scores, found.bytes, truth, method=found.method, partial=True)
+
+
 def alone(scorer: str, dim: int) -> Candidate:
     """A scorer of examples alone: it says what is odd, not what helps whom."""
     return Candidate(
@@ -150,3 +168,10 @@ def alone(scorer: str, dim: int) -> Candidate:
         suspicion=lambda bench: bench.own(scorer, Rows(SketchSpec(dim=dim))),
         method=scorer,
     )
+
+
+def _scores(candidate: Candidate, bench: Bench) -> np.ndarray:
+    scores = bench.remembered(candidate)
+    if scores is None:
+        raise DataError(f"{candidate.name} scores examples alone: expected a method that scores them for queries")
+    return scores

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["corrected_scores"]
 
-_PASSES = 1e7
+_PASSES = 5e6
 """Examples times parameters up to which every query is solved for by conjugate gradients over the data."""
 
 

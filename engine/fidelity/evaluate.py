@@ -32,7 +32,10 @@ logger = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
 
-REMOVED = ("random", "BM25", "nearest inputs", "exact dot", "exact fisher, k 1", "fisher, k 1, 256 B")
+REMOVED = (
+    *("random", "BM25", "nearest inputs", "exact dot", "exact fisher, k 1"),
+    *("fisher, k 1, 256 B", "fisher, k 1, 256 B, 100 exact"),
+)
 """Whose best examples are removed, unless told otherwise: a retraining for each query and seed is dear."""
 
 _TOP = 10
@@ -165,7 +168,7 @@ def _truth(candidate: Candidate, bench: Bench) -> np.ndarray | None:
 def _suspicion(candidate: Candidate, bench: Bench, scores: np.ndarray | None) -> np.ndarray | None:
     if candidate.suspicion is not None:
         return candidate.suspicion(bench)
-    return None if scores is None else -scores.mean(axis=0)
+    return None if scores is None or candidate.partial else -scores.mean(axis=0)
 
 
 def _row(one: _Scored, case: FidelityCase, chosen: np.ndarray, losses: np.ndarray) -> Row:
@@ -173,7 +176,8 @@ def _row(one: _Scored, case: FidelityCase, chosen: np.ndarray, losses: np.ndarra
     top = min(_TOP, case.examples)
     row = Row(candidate.name, candidate.family, candidate.method, one.bytes)
     if scores is not None:
-        row = replace(row, lds=lds(scores, chosen, losses))
+        if not candidate.partial:
+            row = replace(row, lds=lds(scores, chosen, losses))
         if case.labels is not None and case.query_labels is not None:
             row = replace(row, classes=class_recall(scores, case.labels, case.query_labels, top))
         if one.truth is not None:

@@ -50,6 +50,7 @@ class ExactFisher:
         self._examples = len(examples)
         self._draw = np.array([draw for _, draw in store.curvature_draws])
         self._self = torch.linalg.vector_norm(examples, dim=1, dtype=torch.float64) ** 2
+        self._last: tuple[tuple[float, int], tuple[Tensor, float, Tensor]] | None = None
 
     @property
     def labels(self) -> int:
@@ -76,13 +77,17 @@ class ExactFisher:
         return np.asarray((self._self - (self._known[keep] * solved).sum(dim=0)) / lam)
 
     def _solved(self, damping: float, labels: int | None) -> tuple[Tensor, float, Tensor]:
-        """``(RR' + N lambda I)^-1 R T'``, lambda, and which rows."""
-        keep = torch.from_numpy(np.flatnonzero(self._draw < (self.labels if labels is None else labels)))
-        gram = self._gram[keep][:, keep]
-        n = len(keep)
-        lam = damping * float(gram.diagonal().mean()) / min(n, self._examples)
-        gram.diagonal().add_(n * lam)
-        return torch.cholesky_solve(self._known[keep], torch.linalg.cholesky(gram)), lam, keep
+        """``(RR' + N lambda I)^-1 R T'``, lambda, and which rows; the last answer is kept for ``own``."""
+        asked = damping, self.labels if labels is None else labels
+        if self._last is None or self._last[0] != asked:
+            keep = torch.from_numpy(np.flatnonzero(self._draw < asked[1]))
+            gram = self._gram[keep][:, keep]
+            n = len(keep)
+            lam = damping * float(gram.diagonal().mean()) / min(n, self._examples)
+            gram.diagonal().add_(n * lam)
+            solved = torch.cholesky_solve(self._known[keep], torch.linalg.cholesky(gram))
+            self._last = asked, (solved, lam, keep)
+        return self._last[1]
 
 
 def _scale(store: FeatureStore, rows: Tensor, by: By) -> Tensor:

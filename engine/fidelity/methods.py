@@ -9,6 +9,7 @@ from gradsift.engine.fidelity.candidates import (
     alone,
     coded,
     corrected,
+    decided,
     exact,
     exact_fisher,
     sketched,
@@ -23,6 +24,7 @@ MODELS = 3
 _SWEEP = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 _DIMS = (1024, 4096, 8192)
 _SIZES = (128, 256, 512)
+_DECIDED = (128, 256)
 _METRICS: tuple[By, ...] = ("layer", "number")
 
 
@@ -42,7 +44,10 @@ def standard(bench: Bench) -> list[Candidate]:
         found += [sketched("dot", dim, truth=dot), sketched("fisher", dim, 1.0, truth=fisher)]
     found += [sketched("fisher", dim, 0.3, truth=exact_fisher(0.3)) for dim in dims]
     for size in _SIZES:
-        found += [coded("dot", usual, size, truth=dot), coded("fisher", usual, size, 1.0, truth=fisher)]
+        codes = coded("fisher", usual, size, 1.0, truth=fisher)
+        found += [coded("dot", usual, size, truth=dot), codes]
+        if size in _DECIDED:
+            found.append(decided(codes, fisher))
     found += [coded("fisher", usual, size, 0.3, truth=exact_fisher(0.3)) for size in _SIZES]
     found += [sketched("trak", usual), sketched("datainf", 1024, grouped=True)]
     if bench.case.checkpoints is not None:

@@ -67,7 +67,7 @@ def digits_case(examples: int = 400, queries: int = 100, seed: int = 0) -> Fidel
 
     return FidelityCase(
         name="digits",
-        key=f"1 {seed} {examples} {torch.stack([p.detach().double().sum() for p in base.parameters()]).sum():.6f}",
+        key=f"2 {seed} {examples} {torch.stack([p.detach().double().sum() for p in base.parameters()]).sum():.6f}",
         examples=examples,
         retrain=retrain,
         batches=[{"pixels": pixels, "labels": labels}],
@@ -111,7 +111,7 @@ def _tune(
 def _train(model: nn.Module, pixels: Tensor, labels: Tensor, checkpoints: list[Checkpoint] | None = None) -> None:
     """Adam over all examples at once; ``checkpoints`` gets one after each quarter."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=_RATE, weight_decay=_DECAY)
+    optimizer = torch.optim.AdamW(parameters, lr=_RATE, weight_decay=_DECAY, fused=True)
     rates: list[float] = []
     for step in range(_STEPS):
         rates.append(_RATE * (1 - step / _STEPS))
