@@ -329,6 +329,28 @@ def _self_scores(fisher: Any, bench: Any) -> np.ndarray:
     return np.concatenate([b for _, b in stream_scores(store, torch.from_numpy(store.features[:]))], axis=1)
 
 
+def test_two_stages_answer_by_exact_scores_of_what_the_codes_list(tmp_path: Path) -> None:
+    from gradsift.engine.fidelity.bench import Bench
+    from gradsift.engine.fidelity.candidates import alone, coded, decided, exact_fisher
+
+    bench = Bench(case(), tmp_path)
+    codes, truth = coded("fisher", 1024, 64, 1.0), exact_fisher(1.0)
+    own, true, mixed = (bench.remembered(one) for one in (codes, truth, decided(codes, truth, 40)))
+    assert own is not None and true is not None and mixed is not None
+    for q in range(Q):
+        listed, order = np.argsort(-own[q], kind="stable"), np.argsort(-mixed[q], kind="stable")
+        assert set(order[:40]) == set(listed[:40]) != set(np.argsort(-true[q])[:40])
+        np.testing.assert_array_equal(mixed[q][order[:40]], np.sort(true[q][listed[:40]])[::-1])
+        np.testing.assert_array_equal(order[40:], listed[40:])
+    with pytest.raises(DataError, match="scores examples alone"):
+        bench.remembered(decided(alone("self", 1024), truth))
+
+    names = ["fisher, k 1, dim 1024", "fisher, k 1, 128 B, 100 exact"]
+    row = gs.evaluate(case(), names, tmp_path, count=2, seeds=1, removed=())[names[1]]
+    assert row.lds is None and row.family == "codes"  # sums over halves are no answer of it
+    assert row.agreement is not None and row.agreement.recall.value > 0.95
+
+
 def test_rows_of_few_labels_tell_mislabelled_examples_by_their_own_fisher(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
