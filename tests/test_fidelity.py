@@ -345,7 +345,7 @@ def test_two_stages_answer_by_exact_scores_of_what_the_codes_list(tmp_path: Path
     with pytest.raises(DataError, match="scores examples alone"):
         bench.remembered(decided(alone("self", 1024), truth))
 
-    names = ["fisher, k 1, dim 1024", "fisher, k 1, 128 B, 100 exact"]
+    names = ["fisher, k 1, dim 1024", "fisher, k 1, 128 B + exact"]
     row = gs.evaluate(case(), names, tmp_path, count=2, seeds=1, removed=())[names[1]]
     assert row.lds is None and row.family == "codes"  # sums over halves are no answer of it
     assert row.agreement is not None and row.agreement.recall.value > 0.95

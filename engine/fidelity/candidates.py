@@ -155,7 +155,7 @@ def decided(found: Candidate, truth: Candidate, listed: int = 100) -> Candidate:
         np.put_along_axis(mixed, best, order, axis=1)
         return mixed
 
-    name = f"{found.name}, {listed} exact"
+    name = f"{found.name} + exact"
     return Candidate(name, found.family, scores, found.bytes, truth, method=found.method, partial=True)
 
 
