@@ -484,6 +484,21 @@ def test_a_row_without_any_correlation_comes_last_and_is_counted() -> None:
     assert "loss: 7 of 7 queries left out" in str(found)
 
 
+def test_the_picture_shows_every_removal_with_or_without_an_lds(tmp_path: Path) -> None:
+    from gradsift.bindings.eval.plot import draw
+
+    slopes, chosen, losses = linear()
+    rise = qld(np.zeros((1, 3)), np.ones((3, 1, 3)))
+    rows = (
+        Row("exact dot", "exact", bytes=4000, lds=lds(slopes, chosen, losses), qld=rise),
+        Row("fisher, k 1, 256 B + exact", "codes", bytes=256, qld=rise),
+    )
+    draw(tmp_path / "a.svg", Evaluation("toy", 60, 7, 40, 1, float("nan"), rows, {}))
+    drawn = (tmp_path / "a.svg").read_text()  # each text is a comment beside its outlines
+    assert drawn.count("<!-- exact dot -->") >= 2  # among the LDS and the removals
+    assert drawn.count("<!-- fisher, k 1, 256 B + exact -->") == 1
+
+
 def test_few_halves_give_no_verdict_and_a_baseline_is_not_compressed() -> None:
     slopes, chosen, losses = linear()
     noisy = slopes + np.random.default_rng(1).normal(size=slopes.shape)

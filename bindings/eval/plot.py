@@ -45,7 +45,7 @@ def draw(path: Path, found: Evaluation) -> None:
     """Write the picture; ``check`` says whether that can be done."""
     figures = require("matplotlib.figure")
     rows = [row for row in reversed(found.ranked) if row.lds is not None]
-    removed = [row for row in rows if row.qld is not None]
+    removed = [row for row in found.rows if row.qld is not None]
     sized = [row for row in rows if row.bytes is not None]
     panels = 1 + bool(sized) + bool(removed)
     figure = figures.Figure(figsize=(6 + 4.6 * (panels - 1), max(4.5, 0.24 * len(rows) + 1.6)), layout="constrained")

@@ -49,7 +49,7 @@ class LMPlan:
     pretraining: int = 600
     epochs: int = 6
     batch: int = 16
-    rate: float = 2e-3
+    rate: float = 4e-3
 
 
 def lm_case(folder: Path, plan: LMPlan | None = None, report: Callable[[int, int], None] | None = None) -> FidelityCase:
