@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from trained_lm import train
 
 import gradsift as gs
-from gradsift.engine.compaction.axes import HALF, principal_axes
+from gradsift.engine.compaction.axes import HALF, principal_axes, spectrum, spectrum_of_few
 from gradsift.engine.compaction.codes import BITS, decode, encode
 from gradsift.engine.compaction.layout import SCALE_BYTES, group
 from gradsift.engine.compaction.measure import Coding, ask, held_rows, measure
@@ -32,6 +32,7 @@ from gradsift.engine.store.block_writer import BlockWriter
 from gradsift.engine.store.format import write_description
 from gradsift.engine.store.ids import seed_of
 
+FEW = 400 if FULL else 40
 RECORDS, QUERIES, SAMPLE, SKETCH = (3000, 16, 600, 4096) if FULL else (200, 2, 20, 512)
 SIZES = (64, 128, 256, 512) if FULL else (64,)
 ROWS = 1_000_000 if FULL else 20_000
@@ -166,6 +167,17 @@ def test_inverted_file(benchmark: Any, trained: Trained, scorer: str, tmp_path: 
         f"{len(asked)} queries, reading {'; '.join(facts)}"
     ]
     benchmark.pedantic(index.search, args=(asked.astype(np.float32), K), rounds=1)
+
+
+def test_axes_of_few_rows(benchmark: Any) -> None:
+    """From inner products of rows, which are fewer than those of their numbers."""
+    generator = torch.Generator().manual_seed(0)
+    rows, sample = (torch.randn(n, SKETCH, generator=generator) for n in (FEW, 2 * FEW))
+    matrix = sample.T.double() @ sample.double() / len(sample)
+    matrix.diagonal().add_(1.0)
+    factor = torch.linalg.cholesky(matrix)
+    calls = {"numbers": lambda: spectrum(iter([rows]), factor), "rows": lambda: spectrum_of_few(iter([rows]), factor)}
+    paired(benchmark, f"axes of {FEW:,} rows of {SKETCH:,} numbers along a Fisher", calls, "numbers", rounds=2)
 
 
 def _recall(found: np.ndarray, truth: np.ndarray) -> float:

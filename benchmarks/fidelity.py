@@ -45,8 +45,8 @@ TWO_STAGES = tuple(name for name in REMOVED if name != "fisher, k 1, 256 B")
 """What exact gradients decide is nearly the same with codes before them or not: few more trainings."""
 
 SIZES = {
-    "digits": {"count": 60, "seeds": 2, "removed": TWO_STAGES, "remove_queries": 60},
-    "lm": {"count": 50, "seeds": 2, "removed": TWO_STAGES, "remove_queries": 10},
+    "digits": {"count": 60, "seeds": 2, "removed": TWO_STAGES, "remove_queries": 40},
+    "lm": {"count": 50, "seeds": 2, "removed": TWO_STAGES, "remove_queries": 8},
     "diffusion": {"count": 24, "seeds": 2, "remove_queries": 4},
     "smollm2": {
         "count": 16,

@@ -23,7 +23,7 @@ from gradsift.engine.curvature.fisher import Fisher
 from gradsift.engine.store.reader import FeatureStore
 from gradsift.kernels.errors import StoreError
 
-__all__ = ["HALF", "Axes", "Principal", "principal_axes"]
+__all__ = ["HALF", "Axes", "Principal", "principal_axes", "spectrum", "spectrum_of_few"]
 
 HALF = 0.5
 """How much of whitening keeps most of the best rows, over sizes and scorers."""
@@ -101,7 +101,7 @@ class Principal:
 def principal_axes(
     store: FeatureStore, units: Units, most: int, held: Sequence[int], weights: Tensor | None, fisher: bool
 ) -> Principal:
-    """Axes of a store's rows, from one streamed moment per checkpoint.
+    """Axes of a store's rows, from one streamed pass per checkpoint.
 
     Args:
         most: axes wanted at most.
@@ -121,7 +121,7 @@ def principal_axes(
             factor = _factor(Fisher(sampled[:, checkpoint], examples=len(store)))
         rows = _rows(store, units, checkpoint, set(held), weights)
         few = len(store) - len(held) < store.features.shape[-1]
-        values, vectors = _spectrum_of_few(rows, factor) if few else _spectrum(rows, factor)
+        values, vectors = spectrum_of_few(rows, factor) if few else spectrum(rows, factor)
         values, vectors = values.flip(0)[:most], vectors.flip(1)[:, :most]
         variances.append(values)
         if factor is None:
@@ -152,7 +152,7 @@ def _rows(
             yield part if len(kept) == len(part) else part[kept]
 
 
-def _spectrum(rows: Iterator[Tensor], factor: Tensor | None) -> tuple[Tensor, Tensor]:
+def spectrum(rows: Iterator[Tensor], factor: Tensor | None) -> tuple[Tensor, Tensor]:
     """Variances of rows, or of L^-1 x, and the axes they are along, (dim, dim); ascending."""
     total, count = second_moment(rows)
     moment = total / count
@@ -163,7 +163,7 @@ def _spectrum(rows: Iterator[Tensor], factor: Tensor | None) -> tuple[Tensor, Te
     return values, vectors
 
 
-def _spectrum_of_few(rows: Iterator[Tensor], factor: Tensor | None) -> tuple[Tensor, Tensor]:
+def spectrum_of_few(rows: Iterator[Tensor], factor: Tensor | None) -> tuple[Tensor, Tensor]:
     """The same from rows' inner products, which are fewer than those of their numbers; axes (dim, rows)."""
     columns = torch.cat([block.to(torch.float64) for block in rows]).T
     if factor is not None:
