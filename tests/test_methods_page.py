@@ -34,7 +34,7 @@ def test_every_selector_stands_beside_random_choice_and_everything(made: Any) ->
 
 
 def test_the_record_shows_what_the_documents_claim_of_the_language_case(made: Any) -> None:
-    """As it was measured, with intervals of .05: which inequalities hold is what the README rests on."""
+    """As it was measured, with intervals of .06: which inequalities hold is what the README rests on."""
     rows = {row["name"]: row for row in made.read() if row["case"] == "lm"}
     lds = {name: float(row["lds"]) for name, row in rows.items() if row["lds"]}
     assert lds["exact fisher, k 0.3"] >= lds["exact dot"] + 0.12
@@ -55,15 +55,17 @@ def test_the_readme_prints_the_record(made: Any) -> None:
         "gradient products, exact": ["exact dot"],
         "true Fisher, exact, k = 1 / k = .3": ["exact fisher, k 1", "exact fisher, k 0.3"],
         "true Fisher in a sketch of 4096, k = 1 / k = .3": ["fisher, k 1, dim 4096", "fisher, k 0.3, dim 4096"],
-        "the same, compacted | 364": ["fisher, k 1, 512 B", "fisher, k 0.3, 512 B"],
-        "the same, compacted | 184": ["fisher, k 1, 256 B", "fisher, k 0.3, 256 B"],
+        "the same, compacted | 292": ["fisher, k 1, 512 B", "fisher, k 0.3, 512 B"],
+        "the same, compacted | 148": ["fisher, k 1, 256 B", "fisher, k 0.3, 256 B"],
+        "the same, of which exact gradients decide the best 100": ["fisher, k 1, 256 B + exact"],
         "random": ["random"],
     }.items():
         (line,) = [line for line in readme if line.startswith(f"| {name} |") and line.count("|") == 5]
         *_, bytes_, lds, qld = (cell.strip() for cell in line.strip("|").split("|"))
         first = rows[of[0]]
         assert bytes_.replace(",", "") == first["bytes"]
-        assert [float(each) for each in lds.split("/")] == [round(float(rows[each]["lds"]), 2) for each in of]
+        known = [round(float(rows[each]["lds"]), 2) for each in of if rows[each]["lds"]]
+        assert [float(each) for each in lds.split("/") if each] == known
         assert not qld or float(qld) == round(float(first["qld"]), 1)
 
 
