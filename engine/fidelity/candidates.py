@@ -151,7 +151,9 @@ def decided(found: Candidate, truth: Candidate, listed: int = 100) -> Candidate:
         own, true = _scores(found, bench), _scores(truth, bench)
         best = best_rows(own, min(listed, own.shape[1]))
         order = np.take_along_axis(true, best, axis=1)
-        mixed = own - own.max(axis=1, keepdims=True) + order.min(axis=1, keepdims=True)  # the others come after
+        mixed: np.ndarray = (
+            own - own.max(axis=1, keepdims=True) + order.min(axis=1, keepdims=True)
+        )  # the others come after
         np.put_along_axis(mixed, best, order, axis=1)
         return mixed
 
